@@ -1,0 +1,95 @@
+"""YAML files and dotted overrides -> a validated, frozen configuration."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TypeVar
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ValidationError
+
+from megatron_sod.config.methods import PRESETS
+from megatron_sod.config.report import problems_of
+from megatron_sod.config.rules import cross_field_problems
+from megatron_sod.config.schema import SftConfig, SodConfig
+from megatron_sod.errors import ConfigError
+
+Schema = TypeVar("Schema", bound=BaseModel)
+
+
+def load_config(
+    path: str | Path, overrides: list[str] | None = None, schema: type[Schema] = SodConfig
+) -> Schema:
+    """Merge `path` with its `defaults`, the method's preset and `key=value` overrides; validate.
+
+    Raises:
+        ConfigError: lists every problem found, not only the first.
+    """
+    merged = _read_with_defaults(Path(path), seen=())
+    merged = OmegaConf.merge(merged, _parse_overrides(overrides or []))
+    if schema is SodConfig:
+        preset = PRESETS.get(str(merged.get("method", "sod")), {})
+        merged = OmegaConf.merge(OmegaConf.create(preset), merged)
+    try:
+        values = OmegaConf.to_container(merged, resolve=True)
+        config = schema.model_validate(values)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{path}: {error}") from error
+    except ValidationError as error:
+        raise ConfigError(_listing(path, problems_of(error, schema))) from error
+    if problems := cross_field_problems(config):
+        raise ConfigError(_listing(path, problems))
+    return config
+
+
+def config_hash(config: BaseModel) -> str:
+    """Twelve hex digits that change with any resolved value."""
+    text = json.dumps(config.model_dump(mode="json"), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def to_yaml(config: BaseModel) -> str:
+    """The resolved configuration as YAML that loads to the same values."""
+    return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
+
+
+def load_sft_config(path: str | Path, overrides: list[str] | None = None) -> SftConfig:
+    """The same for tools/train_sft.py."""
+    return load_config(path, overrides, schema=SftConfig)
+
+
+def _read_with_defaults(path: Path, seen: tuple[Path, ...]) -> DictConfig:
+    if path in seen:
+        raise ConfigError(f"{path}: `defaults` refer to each other in a circle: {list(seen)}")
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such configuration file; configs/ holds working examples")
+    try:
+        loaded = OmegaConf.load(path)
+    except Exception as error:  # OmegaConf passes through every YAML parser error
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(loaded, DictConfig):
+        raise ConfigError(f"{path}: expected a mapping of keys, found a list or a scalar")
+    parents = [_read_with_defaults(path.parent / name, (*seen, path)) for name in _defaults(loaded)]
+    return OmegaConf.merge(*parents, loaded)  # type: ignore[return-value]
+
+
+def _defaults(loaded: DictConfig) -> list[str]:
+    return list(loaded.pop("defaults", None) or [])
+
+
+def _parse_overrides(overrides: list[str]) -> DictConfig:
+    for item in overrides:
+        if "=" not in item:
+            raise ConfigError(f"override {item!r}: expected key=value, e.g. train.lr=1e-6")
+    try:
+        return OmegaConf.from_dotlist([item.lstrip("-") for item in overrides])
+    except Exception as error:  # the YAML parser of a value
+        raise ConfigError(f"overrides {overrides}: {error}") from error
+
+
+def _listing(path: str | Path, problems: list[str]) -> str:
+    lines = "\n".join(f"  - {problem}" for problem in problems)
+    return f"{path}: {len(problems)} problem(s) in the configuration\n{lines}"

@@ -1,0 +1,75 @@
+"""Rules over several keys, checked before any process starts. Each returns what to change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pydantic import BaseModel
+
+from megatron_sod.config.schema import ParallelConfig, SftConfig, SodConfig
+
+
+def cross_field_problems(config: BaseModel) -> list[str]:
+    """Every broken rule of `config`, one line each."""
+    if isinstance(config, SodConfig):
+        return [*_layout(config), *_batches(config), *_roles(config)]
+    if isinstance(config, SftConfig):
+        return list(_parallel_problems("student", config.student.parallel, config.cluster))
+    return []
+
+
+def _parallel_problems(role: str, parallel: ParallelConfig, cluster) -> Iterator[str]:
+    size, world = parallel.model_parallel_size, cluster.world_size
+    if world % size:
+        yield (
+            f"{role}.parallel: tensor x pipeline x context parallel size {size} does not divide "
+            f"the {world} ranks of `cluster`; change cluster.gpus_per_node or {role}.parallel"
+        )
+    if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
+        yield f"{role}.parallel.sequence_parallel needs tensor_model_parallel_size > 1"
+    for key in ("context_parallel_size", "expert_model_parallel_size"):
+        if getattr(parallel, key) > 1:
+            yield f"{role}.parallel.{key} > 1 is not supported yet; set it to 1"
+    if parallel.virtual_pipeline_model_parallel_size:
+        yield f"{role}.parallel.virtual_pipeline_model_parallel_size is not supported yet; drop it"
+
+
+def _layout(config: SodConfig) -> Iterator[str]:
+    yield from _parallel_problems("student", config.student.parallel, config.cluster)
+    if config.teacher is not None:
+        yield from _parallel_problems("teacher", config.teacher.parallel, config.cluster)
+        if config.teacher.parallel != config.student.parallel:
+            yield "teacher.parallel must equal student.parallel for now"
+
+
+def _batches(config: SodConfig) -> Iterator[str]:
+    train, rollout = config.train, config.rollout
+    if train.train_batch_size % train.ppo_mini_batch_size:
+        yield (
+            f"train.train_batch_size {train.train_batch_size} is not a multiple of "
+            f"train.ppo_mini_batch_size {train.ppo_mini_batch_size}; "
+            "make the first a multiple of the second"
+        )
+    longest = rollout.max_prompt_length + rollout.max_response_length
+    if train.tokens_per_micro_batch < longest:
+        yield (
+            f"train.tokens_per_micro_batch {train.tokens_per_micro_batch} is below the longest "
+            f"trajectory, rollout.max_prompt_length + max_response_length = {longest}; raise it"
+        )
+    if rollout.max_observation_length >= rollout.max_response_length:
+        yield "rollout.max_observation_length must be below rollout.max_response_length"
+
+
+def _roles(config: SodConfig) -> Iterator[str]:
+    if config.distill.coef > 0 and config.teacher is None:
+        yield f"method {config.method} distils from a teacher; give teacher.path or use method=grpo"
+    if config.distill.coef == 0 and config.grpo.coef == 0:
+        yield "grpo.coef and distill.coef are both 0: nothing would be learnt; raise one"
+    if config.sandbox.kind == "sandbox_fusion" and not config.sandbox.url:
+        yield "sandbox.kind sandbox_fusion needs sandbox.url, a list of service addresses"
+    if config.reward.kind == "import" and not config.reward.function:
+        yield "reward.kind import needs reward.function, e.g. my_rewards:grade"
+    if config.rollout.placement == "disaggregated":
+        yield "rollout.placement disaggregated is not supported yet; use colocated"
+    if config.eval.teacher and config.teacher is None:
+        yield "eval.teacher needs a teacher section"

@@ -1,0 +1,247 @@
+"""Every configuration key, with its meaning, unit, default and range. The only home of defaults.
+
+Keys without a default must be given. Megatron's and verl's words are kept where they exist.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+PositiveInt = Field(gt=0)
+DType = Literal["float32", "bfloat16", "float64"]
+
+
+class Section(BaseModel):
+    """A group of keys; unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ClusterConfig(Section):
+    num_nodes: int = Field(1, gt=0, description="machines in the job")
+    gpus_per_node: int = Field(1, gt=0, description="trainer ranks per machine")
+
+    @property
+    def world_size(self) -> int:
+        return self.num_nodes * self.gpus_per_node
+
+
+class ParallelConfig(Section):
+    tensor_model_parallel_size: int = Field(1, gt=0)
+    pipeline_model_parallel_size: int = Field(1, gt=0)
+    virtual_pipeline_model_parallel_size: int | None = Field(
+        None, gt=1, description="model chunks per pipeline rank (interleaved schedule)"
+    )
+    context_parallel_size: int = Field(1, gt=0)
+    expert_model_parallel_size: int = Field(1, gt=0)
+    sequence_parallel: bool = False
+
+    @property
+    def model_parallel_size(self) -> int:
+        return (
+            self.tensor_model_parallel_size
+            * self.pipeline_model_parallel_size
+            * self.context_parallel_size
+        )
+
+
+class ModelConfig(Section):
+    path: str = Field(description="directory in Hugging Face format")
+    dtype: DType = Field("float32", description="parameters and computation")
+    parallel: ParallelConfig = ParallelConfig()
+
+
+class TeacherConfig(ModelConfig):
+    source: Literal["model"] = Field("model", description="where teacher scores come from")
+
+
+class GrpoConfig(Section):
+    coef: float = Field(1.0, ge=0, description="weight of the group-relative advantage")
+    clip_low: float = Field(0.2, ge=0, lt=1, description="ratio clipped below at 1 - clip_low")
+    clip_high: float = Field(0.28, ge=0, description="ratio clipped above at 1 + clip_high")
+    dual_clip: float = Field(3.0, gt=1, description="loss bound for negative advantages")
+
+
+class StepWeightConfig(Section):
+    policy: Literal["sod", "uniform", "no_cap", "running_clip", "heuristic", "mask_after_wrong"] = (
+        Field("sod", description="how w_k follows from d_k")
+    )
+    source: Literal["sampled", "reverse_kl"] = Field(
+        "sampled", description="per-token divergence averaged into d_k"
+    )
+    epsilon: float = Field(1e-6, gt=0, description="nats; keeps the ratio finite")
+    delta: float = Field(0.2, ge=0, description="w_k is capped at 1 + delta")
+    d_floor: float | None = Field(
+        None, ge=0, le=1, description="anchor d_1 clipped from below at this quantile of batch d"
+    )
+    w_min: float | None = Field(None, ge=0, le=1, description="w_k is clipped from below at this")
+
+
+class DistillConfig(Section):
+    loss: Literal["sampled_advantage", "sampled_separate", "reverse_kl", "forward_kl", "jsd"] = (
+        "sampled_advantage"
+    )
+    coef: float = Field(1.0, ge=0, description="weight of the distillation term")
+    jsd_beta: float = Field(0.5, gt=0, lt=1, description="teacher share of the JSD mixture")
+    log_ratio_clip: float | None = Field(
+        10.0, gt=0, description="nats; per-token log-ratio is clipped to +- this; null: never"
+    )
+    step_weight: StepWeightConfig = StepWeightConfig()
+
+
+class DataConfig(Section):
+    train: list[str] = Field(
+        min_length=1, description="JSONL or Parquet files, or tiny_world:SPLIT:COUNT"
+    )
+    eval: list[str] = Field([], description="same forms; empty: no evaluation")
+    prompt_key: str = Field("prompt", description="column with the question or the messages")
+    answer_key: str = Field("answer", description="column with the reference answer")
+    tools_in_prompt: bool = Field(True, description="list the tools in a system turn")
+    enable_thinking: bool = Field(False, description="passed to the chat template")
+    shuffle: bool = Field(True, description="new order each epoch, from `seed`")
+
+
+class EngineConfig(Section):
+    tensor_parallel_size: int = Field(1, gt=0)
+    num_engines: int = Field(1, gt=0)
+    gpu_memory_utilization: float = Field(0.75, gt=0, le=1, description="GPU only")
+    kv_cache_gb: float = Field(0.25, gt=0, description="CPU only: gigabytes of KV cache")
+    max_num_seqs: int = Field(64, gt=0, description="sequences decoded together")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="auto: the student's dtype"
+    )
+    start_timeout_s: float = Field(300, gt=0)
+
+
+class RolloutConfig(Section):
+    placement: Literal["colocated", "disaggregated"] = "colocated"
+    num_generations: int = Field(16, gt=1, description="trajectories per prompt (the group)")
+    temperature: float = Field(1.0, gt=0)
+    max_turns: int = Field(16, gt=0, description="assistant turns per trajectory")
+    max_tool_calls_per_turn: int = Field(1, gt=0, description="further calls are answered, not run")
+    max_prompt_length: int = Field(2560, gt=0, description="tokens")
+    max_response_length: int = Field(20480, gt=0, description="tokens, observations included")
+    max_observation_length: int = Field(512, gt=0, description="tokens kept of each tool result")
+    max_staleness: Literal[0] = Field(0, description="iterations a rollout may lag behind")
+    timeout_s: float = Field(1800, gt=0, description="one rollout phase at most")
+    engine: EngineConfig = EngineConfig()
+
+
+class SandboxConfig(Section):
+    kind: Literal["local", "sandbox_fusion"] = "local"
+    url: list[str] = Field([], description="sandbox_fusion only: service addresses")
+    level: str = Field("auto", description="isolation level: auto, L3, L2, L1, L0")
+    allow_unsafe: bool = Field(False, description="permit L0: no isolation at all")
+    timeout_s: float = Field(60, gt=0, description="wall time of one call")
+    memory_mb: int = Field(2048, gt=0)
+    warm: bool = Field(True, description="fork calls from a parent that has imported `preload`")
+    preload: list[str] = Field([], description="modules imported once by the warm parent")
+    max_concurrency: int | None = Field(None, gt=0, description="calls at a time; null: by cores")
+    max_infra_retries: int = Field(2, ge=0, description="per call, on infrastructure errors")
+    failure_rate: float = Field(
+        0.0, ge=0, lt=1, description="the tiny world's dial: share of calls that answer a timeout"
+    )
+
+
+class RewardConfig(Section):
+    kind: Literal["auto", "math", "choice", "exact", "import"] = "auto"
+    function: str | None = Field(None, description="kind import: module.path:function")
+
+
+class TrainConfig(Section):
+    num_iterations: int = Field(gt=0)
+    train_batch_size: int = Field(64, gt=0, description="prompts per iteration")
+    ppo_mini_batch_size: int = Field(16, gt=0, description="prompts per optimizer step")
+    tokens_per_micro_batch: int = Field(23040, gt=0)
+    lr: float = Field(1e-6, ge=0)
+    weight_decay: float = Field(0.01, ge=0)
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    clip_grad: float = Field(1.0, gt=0, description="global gradient norm")
+    use_distributed_optimizer: bool = True
+    save_interval: int = Field(10, gt=0, description="iterations")
+    keep_last: int = Field(2, gt=0, description="checkpoints kept")
+    eval_interval: int | None = Field(10, gt=0, description="iterations; null: only at the ends")
+    resume: str = Field("auto", description="auto | never | path of a checkpoint")
+    export_hf: bool = Field(True, description="write the final student in Hugging Face format")
+
+
+class EvalConfig(Section):
+    num_samples: int = Field(32, gt=0, description="trajectories per prompt")
+    temperature: float = Field(1.0, gt=0)
+    top_p: float = Field(0.6, gt=0, le=1)
+    teacher: bool = Field(False, description="also evaluate the teacher, once, before training")
+
+
+class WatchdogConfig(Section):
+    max_infra_error_rate: float = Field(
+        0.05, ge=0, le=1, description="share of trajectories lost to infrastructure; above: stop"
+    )
+
+
+class TransferConfig(Section):
+    canary_tolerance: float = Field(
+        1e-3, gt=0, description="nats; engine and trainer logprobs may differ by this on canaries"
+    )
+    num_canary_tokens: int = Field(32, gt=1)
+
+
+class ObserveConfig(Section):
+    run_dir: str = Field("runs/{name}", description="{name} is replaced by `name`")
+    loggers: list[Literal["console", "jsonl", "tensorboard"]] = ["console", "jsonl"]
+    num_trajectories_kept: int = Field(8, ge=0, description="per iteration, for the report")
+
+
+class SodConfig(Section):
+    name: str = Field("sod", description="names the run directory")
+    seed: int = 0
+    cluster: ClusterConfig = ClusterConfig()
+    student: ModelConfig
+    teacher: TeacherConfig | None = Field(None, description="not needed by grpo")
+    method: Literal["sod", "sod_no_grpo", "opd", "opd_naive", "grpo"] = "sod"
+    grpo: GrpoConfig = GrpoConfig()
+    distill: DistillConfig = DistillConfig()
+    data: DataConfig
+    rollout: RolloutConfig = RolloutConfig()
+    sandbox: SandboxConfig = SandboxConfig()
+    reward: RewardConfig = RewardConfig()
+    train: TrainConfig
+    eval: EvalConfig = EvalConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
+    transfer: TransferConfig = TransferConfig()
+    observe: ObserveConfig = ObserveConfig()
+
+
+class SftTrainConfig(Section):
+    num_steps: int = Field(gt=0)
+    global_batch_size: int = Field(128, gt=0, description="conversations per optimizer step")
+    tokens_per_micro_batch: int = Field(32768, gt=0)
+    lr: float = Field(1e-5, ge=0)
+    min_lr_ratio: float = Field(0.0, ge=0, le=1)
+    warmup_ratio: float = Field(0.1, ge=0, lt=1)
+    weight_decay: float = Field(0.01, ge=0)
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.95, ge=0, lt=1)
+    clip_grad: float = Field(1.0, gt=0)
+    use_distributed_optimizer: bool = True
+    log_interval: int = Field(10, gt=0)
+
+
+class SftDataConfig(Section):
+    conversations: list[str] = Field(
+        min_length=1, description="JSONL or Parquet with `messages`, or tiny_world:train:COUNT"
+    )
+    tools_in_prompt: bool = True
+    max_length: int = Field(32768, gt=0, description="tokens; longer conversations are cut right")
+
+
+class SftConfig(Section):
+    name: str = "sft"
+    seed: int = 0
+    cluster: ClusterConfig = ClusterConfig()
+    student: ModelConfig
+    data: SftDataConfig
+    train: SftTrainConfig
+    out: str = Field(description="directory the trained model is written to, in HF format")

@@ -1,0 +1,1 @@
+"""How Hugging Face tensors and Megatron parameters correspond, and moving between them."""

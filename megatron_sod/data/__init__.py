@@ -1,0 +1,1 @@
+"""Prompts, chat format, packing, and the tiny world the demo runs in."""

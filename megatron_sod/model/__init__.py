@@ -1,0 +1,1 @@
+"""Megatron GPT models built from Hugging Face configurations."""

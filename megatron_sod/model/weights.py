@@ -1,0 +1,136 @@
+"""Moving weights between a Megatron model spread over ranks and Hugging Face tensors."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_sod.convert.hf_files import HfTensors, write_hf_directory
+from megatron_sod.convert.layout import Segment, hf_shapes, segments_of
+from megatron_sod.errors import ModelError
+from megatron_sod.model.build import HiddenStateGPT
+from megatron_sod.model.geometry import Geometry
+
+_LOCAL_LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
+
+
+def global_parameters(model: HiddenStateGPT) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """(name with the layer's number in the whole model, parameter) of this rank.
+
+    The copy of a tied embedding that the last pipeline stage holds is left out: the first stage
+    owns it.
+    """
+    for name, parameter in model.named_parameters():
+        if match := _LOCAL_LAYER.match(name):
+            number = model.decoder.layers[int(match[1])].layer_number - 1
+            name = f"decoder.layers.{number}.{name[match.end() :]}"
+        yield name, parameter
+
+
+def load_hf_weights(model: HiddenStateGPT, geometry: Geometry, model_dir: str | Path) -> None:
+    """Fill this rank's parameters from a model directory; only the needed slices are read.
+
+    Padded vocabulary rows are set to zero.
+
+    Raises:
+        ModelError: a tensor is missing or has another shape than the geometry says.
+    """
+    tensors = HfTensors(model_dir)
+    shapes = hf_shapes(geometry)
+    tp = model.pg_collection.tp
+    for name, parameter in global_parameters(model):
+        segments = segments_of(name, geometry, tp_rank=tp.rank(), tp_size=tp.size())
+        with torch.no_grad():
+            parameter.zero_()
+            for segment in segments:
+                _check_shape(tensors, segment, shapes, model_dir)
+                source = tensors.read(
+                    segment.hf_name, segment.dim, segment.hf_start, segment.length
+                )
+                parameter.narrow(segment.dim, segment.local_start, segment.length).copy_(source)
+
+
+def _check_shape(tensors: HfTensors, segment: Segment, shapes, model_dir) -> None:
+    found, expected = tensors.shape(segment.hf_name), shapes[segment.hf_name]
+    if found != expected:
+        raise ModelError(
+            f"{model_dir}: tensor {segment.hf_name} has shape {found}, config.json says "
+            f"{expected}; weights and configuration belong to different models"
+        )
+
+
+def owned_segments(
+    model: HiddenStateGPT, geometry: Geometry
+) -> Iterator[tuple[Segment, torch.Tensor]]:
+    """(segment, view of the local parameter) this rank is the one owner of, in model order.
+
+    Replicated parameters are owned by TP rank 0, tied heads by the first stage; only
+    data-parallel rank 0 owns anything.
+    """
+    groups: ProcessGroupCollection = model.pg_collection
+    if groups.dp_cp.rank() != 0:
+        return
+    tp = groups.tp
+    for name, parameter in global_parameters(model):
+        if name == "output_layer.weight" and geometry.tied_embeddings:
+            continue
+        segments = segments_of(name, geometry, tp_rank=tp.rank(), tp_size=tp.size())
+        replicated = parameter.dim() == 1
+        if replicated and tp.rank() != 0:
+            continue
+        for segment in segments:
+            view = parameter.detach().narrow(segment.dim, segment.local_start, segment.length)
+            yield segment, view
+
+
+def gather_hf_tensors(
+    model: HiddenStateGPT, geometry: Geometry
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every HF tensor, assembled on global rank 0, one at a time; nothing on other ranks.
+
+    A collective: all ranks must iterate to the end.
+    """
+    mine: dict[str, list[tuple[Segment, torch.Tensor]]] = {}
+    for segment, view in owned_segments(model, geometry):
+        mine.setdefault(segment.hf_name, []).append((segment, view))
+    owners: list[dict[str, list[Segment]]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(owners, {name: [s for s, _ in pairs] for name, pairs in mine.items()})
+    rank, dtype = dist.get_rank(), model.config.params_dtype
+    for hf_name, shape in hf_shapes(geometry).items():
+        if rank != 0:
+            for _, view in mine.get(hf_name, []):
+                dist.send(view.contiguous(), 0)
+            continue
+        whole = torch.empty(shape, dtype=dtype, device=_device_of(model))
+        for source, held in enumerate(owners):
+            for index, segment in enumerate(held.get(hf_name, [])):
+                target = whole.narrow(segment.dim, segment.hf_start, segment.length)
+                if source == 0:
+                    target.copy_(mine[hf_name][index][1])
+                else:
+                    received = torch.empty_like(target, memory_format=torch.contiguous_format)
+                    dist.recv(received, source)
+                    target.copy_(received)
+        yield hf_name, whole
+
+
+def _device_of(model: torch.nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def export_hf(
+    model: HiddenStateGPT, geometry: Geometry, out_dir: str | Path, side_files_from: str | Path
+) -> None:
+    """Write the model as a Hugging Face directory (rank 0 writes). A collective."""
+    tensors = ((name, tensor.cpu()) for name, tensor in gather_hf_tensors(model, geometry))
+    if dist.get_rank() == 0:
+        write_hf_directory(out_dir, tensors, side_files_from)
+    else:
+        for _ in tensors:
+            pass
+    dist.barrier()

@@ -1,0 +1,1 @@
+"""Process groups, and what Megatron-Core needs to run without CUDA."""

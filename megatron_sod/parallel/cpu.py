@@ -1,0 +1,103 @@
+"""Lets Megatron-Core 0.16 run on machines without CUDA, over gloo.
+
+Megatron names the device "cuda" in its schedules, point-to-point code, optimizer and RNG tracker.
+This module points those names at the CPU. It does nothing where CUDA is available, so CPU and GPU
+share one code path everywhere else. Each patch names the Megatron code that needs it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable
+
+import torch
+
+_FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "zeros_like", "empty_like")
+_CPU_TYPE_AS_CUDA = {
+    "torch.FloatTensor": "torch.cuda.FloatTensor",
+    "torch.DoubleTensor": "torch.cuda.FloatTensor",
+    "torch.BFloat16Tensor": "torch.cuda.BFloat16Tensor",
+    "torch.HalfTensor": "torch.cuda.HalfTensor",
+}
+_installed = False
+
+
+def use_cpu_when_cuda_is_missing() -> None:
+    """Install the patches once per process; a no-op on machines with CUDA."""
+    global _installed
+    if _installed or torch.cuda.is_available():
+        return
+    _installed = True
+    for name in _FACTORIES:
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+    _patch_cuda_module()
+    _patch_tensor_methods()
+    _patch_megatron()
+
+
+def device() -> torch.device:
+    """The device this rank computes on."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def _on_cpu(factory: Callable) -> Callable:
+    """schedules.py and clip_grads.py write device="cuda" literally."""
+
+    @functools.wraps(factory)
+    def on_cpu(*args, **kwargs):
+        if str(kwargs.get("device", "")).startswith("cuda"):
+            kwargs["device"] = "cpu"
+        return factory(*args, **kwargs)
+
+    return on_cpu
+
+
+class _Stream:
+    """Stands for a CUDA stream where there is none: everything is already ordered."""
+
+    def __init__(self, *args, **kwargs): ...
+    def wait_stream(self, other) -> None: ...
+    def wait_event(self, event) -> None: ...
+    def synchronize(self) -> None: ...
+
+
+def _patch_cuda_module() -> None:
+    cuda = torch.cuda
+    cuda.current_device = lambda: "cpu"  # type: ignore[assignment]
+    cuda.set_device = lambda device: None
+    cuda.synchronize = lambda device=None: None
+    cuda.Stream = _Stream  # type: ignore[misc,assignment]
+    cuda.current_stream = lambda device=None: _Stream()  # type: ignore[assignment,return-value]
+    cuda.stream = lambda stream: contextlib.nullcontext()  # type: ignore[assignment,return-value]
+    # tensor_parallel/random.py keeps one generator state per parallel role.
+    cuda.manual_seed = torch.manual_seed  # type: ignore[assignment]
+    cuda.get_rng_state = lambda device="cpu": torch.get_rng_state()  # type: ignore[assignment]
+    cuda.set_rng_state = lambda state, device="cpu": torch.set_rng_state(state)  # type: ignore
+
+
+def _patch_tensor_methods() -> None:
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
+    original_type = torch.Tensor.type
+
+    def type_as_megatron_expects(self, *args, **kwargs):
+        # clip_grads.py and distrib_optimizer.py compare type() with torch.cuda.FloatTensor.
+        if args or kwargs:
+            return original_type(self, *args, **kwargs)
+        name = original_type(self)
+        return _CPU_TYPE_AS_CUDA.get(name, name)
+
+    torch.Tensor.type = type_as_megatron_expects  # type: ignore[method-assign,assignment]
+
+
+def _patch_megatron() -> None:
+    from megatron.core.tensor_parallel import random as megatron_random
+
+    megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    megatron_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    from megatron.core.transformer.moe import moe_utils
+
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None  # referenced but only defined with Transformer-Engine

@@ -1,0 +1,64 @@
+"""Start torch.distributed and Megatron's process groups from the environment torchrun sets."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_sod.config.schema import ParallelConfig
+from megatron_sod.errors import ConfigError
+from megatron_sod.parallel.cpu import use_cpu_when_cuda_is_missing
+
+DEFAULT_TIMEOUT_S = 600
+
+
+def initialize(parallel: ParallelConfig, *, seed: int, timeout_s: int = DEFAULT_TIMEOUT_S) -> None:
+    """Start the default process group and Megatron's groups for `parallel`.
+
+    Raises:
+        ConfigError: the world size is not a multiple of the model-parallel size.
+    """
+    use_cpu_when_cuda_is_missing()
+    if not dist.is_initialized():
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    world_size = dist.get_world_size()
+    if world_size % parallel.model_parallel_size:
+        raise ConfigError(
+            f"world size {world_size} is not a multiple of tensor x pipeline x context parallel "
+            f"size {parallel.model_parallel_size}; start torchrun with --nproc-per-node "
+            f"{parallel.model_parallel_size} or change student.parallel"
+        )
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        create_gloo_process_groups=False,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def process_groups() -> ProcessGroupCollection:
+    """The groups of this rank, to be passed to whatever communicates."""
+    return ProcessGroupCollection.use_mpu_process_groups()
+
+
+def shutdown() -> None:
+    """Leave every group; safe to call twice."""
+    if dist.is_initialized():
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def is_last_stage(groups: ProcessGroupCollection) -> bool:
+    """Whether this rank holds the output head."""
+    return groups.pp.rank() == groups.pp.size() - 1
