@@ -36,6 +36,14 @@ class HiddenStateGPT(GPTModel):
     So the head runs on the rows that carry loss only, and prompt or tool tokens never get logits.
     """
 
+    real_vocab_size: int  # columns past it are padding
+
+    @property
+    def vocab_start(self) -> int:
+        """The id of this rank's first vocabulary row."""
+        tp = self.pg_collection.tp
+        return tp.rank() * (self.vocab_size // tp.size())
+
     def _postprocess(self, hidden_states, *args, **kwargs):
         return hidden_states
 
@@ -144,4 +152,5 @@ def build_model(
         rotary_base=geometry.rope_theta,
         pg_collection=groups,
     )
+    model.real_vocab_size = geometry.vocab_size
     return model.to(device())

@@ -32,6 +32,11 @@ def global_parameters(model: HiddenStateGPT) -> Iterator[tuple[str, torch.nn.Par
         yield name, parameter
 
 
+def has_weights(model_dir: str | Path) -> bool:
+    """Whether the directory holds weights, or only a configuration to be initialised."""
+    return any(Path(model_dir).glob("*.safetensors"))
+
+
 def load_hf_weights(model: HiddenStateGPT, geometry: Geometry, model_dir: str | Path) -> None:
     """Fill this rank's parameters from a model directory; only the needed slices are read.
 

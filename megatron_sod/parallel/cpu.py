@@ -9,11 +9,25 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
+import types
 from collections.abc import Callable
 
 import torch
 
-_FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "zeros_like", "empty_like")
+_FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange")
+# Modules that write device="cuda" literally on paths a CPU run takes.
+_MODULES_NAMING_CUDA = (
+    "megatron.core.pipeline_parallel.schedules",
+    "megatron.core.optimizer.clip_grads",
+    "megatron.core.optimizer.optimizer",
+    "megatron.core.optimizer.distrib_optimizer",
+    "megatron.core.optimizer",
+    "megatron.core.utils",
+    "megatron.core.transformer.utils",
+    "megatron.core.transformer.moe.moe_utils",
+    "megatron.core.distributed.param_and_grad_buffer",
+)
 _CPU_TYPE_AS_CUDA = {
     "torch.FloatTensor": "torch.cuda.FloatTensor",
     "torch.DoubleTensor": "torch.cuda.FloatTensor",
@@ -29,8 +43,8 @@ def use_cpu_when_cuda_is_missing() -> None:
     if _installed or torch.cuda.is_available():
         return
     _installed = True
-    for name in _FACTORIES:
-        setattr(torch, name, _on_cpu(getattr(torch, name)))
+    for name in _MODULES_NAMING_CUDA:
+        importlib.import_module(name).torch = _TorchOnCpu("torch")  # type: ignore[attr-defined]
     _patch_cuda_module()
     _patch_tensor_methods()
     _patch_megatron()
@@ -43,9 +57,18 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
-def _on_cpu(factory: Callable) -> Callable:
-    """schedules.py and clip_grads.py write device="cuda" literally."""
+class _TorchOnCpu(types.ModuleType):
+    """`torch` as seen by one module: factories asked for "cuda" answer with CPU tensors.
 
+    torch itself stays untouched, because transformers patches the same factories while loading.
+    """
+
+    def __getattr__(self, name: str):
+        attribute = getattr(torch, name)
+        return _on_cpu(attribute) if name in _FACTORIES else attribute
+
+
+def _on_cpu(factory: Callable) -> Callable:
     @functools.wraps(factory)
     def on_cpu(*args, **kwargs):
         if str(kwargs.get("device", "")).startswith("cuda"):

@@ -1,0 +1,50 @@
+"""What the training command lines share: arguments, `--print-config`, errors as one line."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Callable
+
+from pydantic import BaseModel
+
+from megatron_sod.config.load import to_yaml
+from megatron_sod.errors import SodError
+
+
+def run_training(doc: str | None, load: Callable[..., BaseModel], entry: str) -> None:
+    """Parse, load the configuration, and call `entry` ("module:function") with it.
+
+    The entry is imported late, so that `--print-config` and configuration errors are quick.
+    """
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", required=True, help="YAML file, see configs/")
+    parser.add_argument("--print-config", action="store_true", help="resolve, print, and stop")
+    parser.add_argument("overrides", nargs="*", help="dotted key=value")
+    arguments = parser.parse_args()
+    with user_errors():
+        config = load(arguments.config, arguments.overrides)
+        if arguments.print_config:
+            print(to_yaml(config), end="")
+            return
+        module, _, function = entry.partition(":")
+        getattr(importlib.import_module(module), function)(config)
+
+
+class user_errors:
+    """Shows a SodError as one message and exits with 1; anything else keeps its traceback."""
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind, error, traceback) -> None:
+        if not isinstance(error, SodError):
+            return
+        rank = os.environ.get("RANK", "0")
+        prefix = "error" if rank == "0" else f"error (rank {rank})"
+        print(f"{prefix}: {error}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(1)  # other threads and half-open process groups must not keep the rank alive

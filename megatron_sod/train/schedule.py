@@ -1,0 +1,89 @@
+"""Packed micro-batches through Megatron's pipeline schedules, with and without gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+
+from megatron_sod.parallel.cpu import device
+from megatron_sod.types import MicroBatch
+
+# (hidden states of the last stage, micro-batch, its number) -> (loss sum, rows, values to collect)
+LossFn = Callable[[torch.Tensor, MicroBatch, int], tuple[torch.Tensor, torch.Tensor, Any]]
+RowsFn = Callable[[torch.Tensor, MicroBatch, int], Any]
+
+
+def forward_backward(
+    model: torch.nn.Module, micro_batches: Sequence[MicroBatch], loss_fn: LossFn
+) -> list[Any]:
+    """Accumulate gradients of all micro-batches; what `loss_fn` collects, on the last stage.
+
+    `loss_fn` returns the *sum* of the loss over its rows and their number; Megatron makes the one
+    division by the global count when it finalises the gradients.
+    """
+    return _run(model, micro_batches, loss_fn, forward_only=False)
+
+
+def forward_only(
+    model: torch.nn.Module, micro_batches: Sequence[MicroBatch], rows_fn: RowsFn
+) -> list[Any]:
+    """What `rows_fn` returns for each micro-batch, without gradient; on the last stage."""
+    with torch.no_grad():
+        return _run(model, micro_batches, rows_fn, forward_only=True)
+
+
+def _run(model, micro_batches: Sequence[MicroBatch], fn, *, forward_only: bool) -> list[Any]:
+    numbered = iter(enumerate(micro_batches))
+
+    def forward_step(iterator, model_chunk):
+        number, batch = next(iterator)
+        batch = to_device(batch)
+        hidden = model_chunk(
+            batch.token_ids, batch.position_ids, None, packed_seq_params=_packed_params(batch)
+        )
+        return hidden, partial(_finish, fn, batch, number)
+
+    return get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=numbered,
+        model=[model],
+        num_microbatches=len(micro_batches),
+        seq_length=max(batch.token_ids.size(1) for batch in micro_batches),
+        micro_batch_size=1,
+        forward_only=forward_only,
+        collect_non_loss_data=forward_only,
+    )
+
+
+def _finish(fn, batch: MicroBatch, number: int, hidden: torch.Tensor, non_loss_data: bool = False):
+    if non_loss_data:
+        return fn(hidden, batch, number)
+    loss_sum, num_rows, collected = fn(hidden, batch, number)
+    return loss_sum, num_rows.int(), collected
+
+
+def to_device(batch: MicroBatch) -> MicroBatch:
+    """The same micro-batch on this rank's device."""
+    target = device()
+    moved = {
+        field.name: value.to(target, non_blocking=True)
+        for field in fields(batch)
+        if isinstance(value := getattr(batch, field.name), torch.Tensor)
+    }
+    return replace(batch, **moved)
+
+
+def _packed_params(batch: MicroBatch) -> PackedSeqParams:
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=batch.cu_seqlens,
+        cu_seqlens_kv=batch.cu_seqlens,
+        max_seqlen_q=batch.max_seqlen,
+        max_seqlen_kv=batch.max_seqlen,
+    )

@@ -1,0 +1,79 @@
+"""A model that learns: DDP, optimizer, and one step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+
+from megatron_sod.model.build import HiddenStateGPT
+from megatron_sod.model.geometry import Geometry
+from megatron_sod.train.schedule import LossFn, forward_backward
+from megatron_sod.types import MicroBatch
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step."""
+
+    grad_norm: float  # before clipping
+    is_applied: bool  # False when the gradient was not finite and the step was skipped
+    collected: list[Any]  # per micro-batch, on the last pipeline stage
+
+
+class Trainable:
+    """A Megatron model with its gradient buffers and optimizer."""
+
+    def __init__(self, model: HiddenStateGPT, geometry: Geometry, train):
+        """`train` has lr, weight_decay, adam_beta1, adam_beta2, clip_grad and
+        use_distributed_optimizer (TrainConfig or SftTrainConfig)."""
+        self.model, self.geometry = model, geometry
+        config = model.config
+        self.ddp = DistributedDataParallel(
+            config,
+            DistributedDataParallelConfig(
+                grad_reduce_in_fp32=config.params_dtype == torch.bfloat16,
+                use_distributed_optimizer=train.use_distributed_optimizer,
+            ),
+            model,
+        )
+        self.optimizer: MegatronOptimizer = get_megatron_optimizer(
+            OptimizerConfig(
+                optimizer="adam",
+                lr=train.lr,
+                min_lr=train.lr * getattr(train, "min_lr_ratio", 1.0),
+                weight_decay=train.weight_decay,
+                adam_beta1=train.adam_beta1,
+                adam_beta2=train.adam_beta2,
+                clip_grad=train.clip_grad,
+                bf16=config.params_dtype == torch.bfloat16,
+                params_dtype=config.params_dtype,
+                use_distributed_optimizer=train.use_distributed_optimizer,
+            ),
+            [self.ddp],
+            use_gloo_process_groups=False,
+        )
+        config.no_sync_func = self.ddp.no_sync
+        config.finalize_model_grads_func = finalize_model_grads
+        config.grad_scale_func = self.optimizer.scale_loss
+
+    def accumulate(self, micro_batches: Sequence[MicroBatch], loss_fn: LossFn) -> list[Any]:
+        """Fresh gradients of the mini-batch, divided by its global token count."""
+        self.model.train()
+        self.ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        return forward_backward(self.ddp, micro_batches, loss_fn)
+
+    def step(self, micro_batches: Sequence[MicroBatch], loss_fn: LossFn) -> StepResult:
+        """One optimizer step on a mini-batch. A collective over all trainer ranks."""
+        collected = self.accumulate(micro_batches, loss_fn)
+        is_applied, grad_norm, _ = self.optimizer.step()
+        return StepResult(float(grad_norm or 0.0), bool(is_applied), collected)

@@ -1,0 +1,127 @@
+"""What flows through one iteration. Frozen; shapes and one worked example per field.
+
+    Prompt -> Trajectory -> MicroBatch -> TokenScores -> TokenCredit -> update
+
+S response tokens, T packed tokens, R rows that carry loss, K steps, N trajectories of one rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One task, rendered."""
+
+    prompt_id: str  # stable across epochs: "tiny_world:train:17"
+    token_ids: list[int]  # ends with the assistant marker, ready to be continued
+    answer: str  # "499"
+    data_source: str  # chooses the grader: "tiny_world", "gsm8k", ...
+    messages: list[dict] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One assistant turn and what its tool call gave."""
+
+    step_id: int  # 1..K
+    outcome: str  # ok | user_error | timeout | memory | output_limit | infra_error | rejected
+    #               | malformed (a call that does not parse) | none (no call)
+    num_tokens: int  # tokens the student wrote in this turn: 26
+    num_tool_calls: int = 0
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """One rollout: token ids as sampled, never re-tokenised."""
+
+    trajectory_id: str  # prompt_id, iteration and sample: "tiny_world:train:17/3/5"
+    prompt_id: str  # the group its reward is compared in
+    prompt_token_ids: list[int]
+    response_token_ids: list[int]  # [S] sampled ids, observations and template glue
+    loss_mask: list[bool]  # [S] True on tokens the student wrote
+    step_ids: list[int]  # [S] 0 outside the student's tokens, else the turn 1..K: 1 1 1 0 0 2 2
+    rollout_logprobs: list[float]  # [S] engine logprob after temperature, 0.0 where mask is False
+    policy_versions: list[int]  # [S] version of the engine's weights, -1 where mask is False
+    steps: tuple[Step, ...]
+    finish_reason: str  # answer | max_turns | max_length | infra_error
+    reward: float  # 1.0 right, 0.0 wrong; NaN when not graded
+    policy_version: int  # the newest version that wrote a token
+
+    @property
+    def is_valid(self) -> bool:
+        """False for trajectories that infrastructure failures spoilt: they teach nothing."""
+        return self.finish_reason != "infra_error" and any(self.loss_mask)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt_token_ids) + len(self.response_token_ids)
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Packed sequences of one forward pass.
+
+    Row r predicts token r + 1 of its sequence; only rows whose target the student wrote are
+    listed in `rows`, so the heads never see the others.
+    """
+
+    token_ids: torch.Tensor  # [1, T] int64
+    position_ids: torch.Tensor  # [1, T] int64, restarts at 0 in each sequence
+    cu_seqlens: torch.Tensor  # [sequences + 1] int32: 0 97 201
+    max_seqlen: int
+    rows: torch.Tensor  # [R] int64 into T
+    targets: torch.Tensor  # [R] int64, the token after each row
+    step_ids: torch.Tensor  # [R] int64, 1..K
+    trajectory_ids: torch.Tensor  # [R] int64, index into this rank's trajectories
+    rollout_logprobs: torch.Tensor  # [R] float32
+
+
+@dataclass(frozen=True)
+class MiniBatch:
+    """What one optimizer step trains on, on this data-parallel rank."""
+
+    micro_batches: list[MicroBatch]
+
+
+@dataclass(frozen=True)
+class TrainingBatch:
+    """One iteration's rollouts, cut for this data-parallel rank."""
+
+    mini_batches: list[MiniBatch]
+    trajectories: list[Trajectory]  # this rank's, in the order trajectory_ids count them
+    group_advantages: torch.Tensor  # [N] float32, over the whole group of each prompt
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """What student and teacher say about one micro-batch; on the last pipeline stage only."""
+
+    student_logprobs: torch.Tensor  # [R] float32, nats, of the sampled token
+    student_entropy: torch.Tensor  # [R] nats
+    teacher_logprobs: torch.Tensor | None  # [R]; None without a teacher
+    teacher_entropy: torch.Tensor | None  # [R]
+    reverse_kl: torch.Tensor | None  # [R] KL(student || teacher), exact over the vocabulary
+    teacher_hidden: torch.Tensor | None  # [R, H_teacher]; kept when the loss needs its logits
+
+
+@dataclass(frozen=True)
+class TokenCredit:
+    """What the loss multiplies each row by."""
+
+    old_logprobs: torch.Tensor  # [R] float32, behaviour policy of the ratio
+    advantages: torch.Tensor  # [R] GRPO part, plus the distillation part in sampled_advantage
+    distill_weights: torch.Tensor  # [R] coefficient of the separate distillation term, >= 0
+    log_ratios: torch.Tensor  # [R] teacher - student, clipped; 0 without a teacher
+
+
+@dataclass(frozen=True)
+class StepCredit:
+    """Per-step divergence and weight of this rank's trajectories."""
+
+    step_divergence: torch.Tensor  # [N, K] float32, nats
+    step_weights: torch.Tensor  # [N, K] float32; 0 where not valid
+    valid: torch.Tensor  # [N, K] bool
