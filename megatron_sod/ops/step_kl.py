@@ -10,11 +10,10 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from megatron_sod.algorithm.step_weights import step_weights
-from megatron_sod.algorithm.steps import packed_step_divergence, token_weights, valid_steps
 from megatron_sod.errors import OpError
 from megatron_sod.ops.divergence import differentiable_divergence
 from megatron_sod.ops.stats import DivergenceStats
+from megatron_sod.ops.step_reduce import packed_step_weights
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
 STEP_SOURCES = ("sampled", "reverse_kl")
@@ -26,14 +25,14 @@ class StepInfo:
 
     step_divergence: [N, K] nats, 0 where not valid; e.g. [[.2, .4]].
     step_weights: [N, K], 0 where not valid; e.g. [[1., .5]].
-    valid: [N, K] bool.  counts: [N, K] float64 counted tokens.
+    counts: [N, K] float64 counted tokens; a step with a count but weight 0 under policy sod
+        belongs to a trajectory with a logprob that is not finite.
     token_weights: [T] the weight each token got, 0 where not counted.
     stats: the per-token statistics, detached.
     """
 
     step_divergence: torch.Tensor
     step_weights: torch.Tensor
-    valid: torch.Tensor
     counts: torch.Tensor
     token_weights: torch.Tensor
     stats: DivergenceStats
@@ -106,31 +105,26 @@ def step_weighted_kl(
         inplace=inplace,
     )
     stats = _detached(live)
-    if step_source == "sampled":
-        values_T = (stats.student_logprobs - stats.teacher_logprobs).abs()
-    else:
-        values_T = stats.reverse_kl
+    sampled = step_source == "sampled"
     # a token without a target is in no mean, whatever its step id says
     counted_T = torch.where(target_ids_T >= 0, step_ids_T, 0)
-    d_NK, counts_NK = packed_step_divergence(
-        values_T, counted_T, trajectory_ids_T, *sizes, group=cp_group
-    )
-    valid_NK = valid_steps(d_NK, counts_NK)
-    d_NK = torch.where(valid_NK, d_NK, 0.0)
-    w_NK = step_weights(
-        d_NK,
-        valid_NK,
+    d_NK, w_NK, counts_NK, w_T = packed_step_weights(
+        stats.student_logprobs if sampled else stats.reverse_kl,
+        stats.teacher_logprobs if sampled else None,
+        counted_T,
+        trajectory_ids_T,
+        *sizes,
+        group=cp_group,
+        policy=policy,
         delta=delta,
         epsilon=epsilon,
-        policy=policy,
-        wrong_BK=wrong_NK,
+        wrong_NK=wrong_NK,
         d_floor=d_floor,
         w_min=w_min,
     )
-    w_T = token_weights(w_NK, counted_T, trajectory_ids_T)
     # where, not a bare product: an excluded trajectory's NaN or inf must not survive a weight of 0
     loss_T = torch.where(w_T > 0, getattr(live, divergence) * w_T, 0.0)
-    return loss_T, StepInfo(d_NK, w_NK, valid_NK, counts_NK, w_T, stats)
+    return loss_T, StepInfo(d_NK, w_NK, counts_NK, w_T, stats)
 
 
 def _sizes(step_ids_T, trajectory_ids_T, num_trajectories, max_steps, cp_group) -> tuple[int, int]:
