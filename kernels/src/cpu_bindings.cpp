@@ -1,77 +1,23 @@
 // The CPU implementation as PyTorch operators, through the stable ABI: one build serves torch 2.10
 // and every later release. Schemas are defined in megatron_sod/ops/registration.py, which also
 // validates; what is checked here is what would otherwise read or write out of bounds.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
+#include "binding_checks.h"
 
 #include <atomic>
-#include <optional>
-#include <tuple>
 #include <vector>
 
-#include "sod/cpu_api.h"
 #include "sod/partials.h"
 #include "sod/step_reduce.h"
 
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
+using namespace sod_binding;
 
 const sod::CpuKernels& kernels() {
   const char* problem = nullptr;
   const sod::CpuKernels* table = sod::chosen_kernels(&problem);
   STD_TORCH_CHECK(table != nullptr, problem == nullptr ? "no CPU kernels" : problem);
   return *table;
-}
-
-sod::DType dtype_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::BFloat16: return sod::DType::kBFloat16;
-    case ScalarType::Half: return sod::DType::kFloat16;
-    case ScalarType::Float: return sod::DType::kFloat32;
-    case ScalarType::Double: return sod::DType::kFloat64;
-    default: STD_TORCH_CHECK(false, "logits must be bfloat16, float16, float32 or float64");
-  }
-}
-
-ScalarType sums_type(const Tensor& logits) {
-  return logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
-void check_rows(const Tensor& x, ScalarType type, int64_t rows, int64_t cols, const char* name) {
-  STD_TORCH_CHECK(x.scalar_type() == type && x.dim() == 2 && x.size(0) == rows &&
-                      x.size(1) == cols && x.is_contiguous(),
-                  name, " must be a contiguous [T, ", cols, "] tensor of the statistics' dtype");
-}
-
-sod::Logits logits_of(const Tensor& student, const std::optional<Tensor>& teacher,
-                      const Tensor& targets, int64_t vocab_start, int64_t valid_cols,
-                      double inv_temperature) {
-  const int64_t rows = student.size(0);
-  STD_TORCH_CHECK(student.dim() == 2 && (student.size(1) < 2 || student.stride(1) == 1),
-                  "student logits must be [T, Vp] with unit column stride");
-  STD_TORCH_CHECK(valid_cols >= 0 && valid_cols <= student.size(1), "valid_cols out of range");
-  STD_TORCH_CHECK(targets.scalar_type() == ScalarType::Long && targets.dim() == 1 &&
-                      targets.size(0) == rows && targets.is_contiguous(),
-                  "targets must be contiguous int64 [T]");
-  if (teacher) {
-    STD_TORCH_CHECK(teacher->dim() == 2 && teacher->size(0) == rows &&
-                        teacher->size(1) >= valid_cols &&
-                        (teacher->size(1) < 2 || teacher->stride(1) == 1) &&
-                        teacher->scalar_type() == student.scalar_type(),
-                    "teacher logits must match the student's rows, columns and dtype");
-  }
-  return {student.const_data_ptr(),
-          teacher ? teacher->const_data_ptr() : nullptr,
-          student.stride(0),
-          teacher ? teacher->stride(0) : 0,
-          static_cast<const int64_t*>(targets.const_data_ptr()),
-          vocab_start,
-          valid_cols,
-          inv_temperature,
-          dtype_of(student)};
 }
 
 // Rows per task: about 64 thousand columns, so that small shapes stay on one thread.
@@ -103,17 +49,11 @@ void finish_rows(const Tensor& partials, const Tensor& targets, Tensor& out) {
 }
 
 Tensor vp_finish(const Tensor& partials, const Tensor& targets) {
-  STD_TORCH_CHECK(partials.dim() == 3 && partials.size(2) == sod::kNumPartials &&
-                      partials.is_contiguous() && partials.size(0) > 0,
-                  "partials must be contiguous [R, T, 10]");
-  STD_TORCH_CHECK(targets.scalar_type() == ScalarType::Long && targets.is_contiguous() &&
-                      targets.dim() == 1 && targets.size(0) == partials.size(1),
-                  "targets must be contiguous int64 [T]");
+  check_partials(partials, targets);
   Tensor out = torch::stable::new_empty(partials, {partials.size(1), sod::kNumRowStats});
   if (partials.scalar_type() == ScalarType::Double) {
     finish_rows<double>(partials, targets, out);
   } else {
-    STD_TORCH_CHECK(partials.scalar_type() == ScalarType::Float, "partials must be float32 or 64");
     finish_rows<float>(partials, targets, out);
   }
   return out;
@@ -137,12 +77,7 @@ void vp_grad_out(const Tensor& student, const std::optional<Tensor>& teacher, co
                  const Tensor& rows, const Tensor& coefficients, int64_t vocab_start,
                  int64_t valid_cols, double inv_temperature, double beta, Tensor out) {
   const int64_t count = student.size(0);
-  check_rows(rows, sums_type(student), count, sod::kNumRowStats, "rows");
-  check_rows(coefficients, sums_type(student), count, sod::kNumCoefficients, "coefficients");
-  STD_TORCH_CHECK(out.dim() == 2 && out.size(0) == count && out.size(1) == student.size(1) &&
-                      (out.size(1) < 2 || out.stride(1) == 1) &&
-                      out.scalar_type() == student.scalar_type(),
-                  "out must match the student logits");
+  check_gradient(student, rows, coefficients, out);
   const sod::GradArgs args = {
       logits_of(student, teacher, targets, vocab_start, valid_cols, inv_temperature),
       rows.const_data_ptr(),
@@ -154,31 +89,6 @@ void vp_grad_out(const Tensor& student, const std::optional<Tensor>& teacher, co
   const sod::CpuKernels& table = kernels();
   torch::stable::parallel_for(0, count, grain(valid_cols),
                               [&](int64_t b, int64_t e) { table.grad(args, b, e); });
-}
-
-sod::StepSumArgs step_args(const Tensor& step_ids, const Tensor& trajectory_ids,
-                           int64_t num_trajectories, int64_t num_steps) {
-  const ScalarType type = step_ids.scalar_type();
-  STD_TORCH_CHECK((type == ScalarType::Long || type == ScalarType::Int) &&
-                      trajectory_ids.scalar_type() == type && step_ids.is_contiguous() &&
-                      trajectory_ids.is_contiguous() && step_ids.dim() == 1 &&
-                      trajectory_ids.dim() == 1 && trajectory_ids.size(0) == step_ids.size(0),
-                  "step and trajectory ids must be contiguous [T], both int32 or both int64");
-  STD_TORCH_CHECK(num_trajectories >= 0 && num_steps >= 0, "negative sizes");
-  return {nullptr,
-          nullptr,
-          step_ids.const_data_ptr(),
-          trajectory_ids.const_data_ptr(),
-          type == ScalarType::Long,
-          num_trajectories,
-          num_steps};
-}
-
-const float* values_of(const Tensor& x, const Tensor& like) {
-  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float && x.is_contiguous() && x.dim() == 1 &&
-                      x.size(0) == like.size(0),
-                  "per-token values must be contiguous float32 [T]");
-  return static_cast<const float*>(x.const_data_ptr());
 }
 
 // [2, N * K] float64: sums and counts. Chunks of fixed size, merged in order: the same bits on any
@@ -216,10 +126,7 @@ Tensor step_sums(const Tensor& values, const std::optional<Tensor>& teacher, con
 // Sums -> d [N, K], w [N, K], both float32, by the paper's rule.
 std::tuple<Tensor, Tensor> step_weights(const Tensor& sums, int64_t num_trajectories,
                                         int64_t num_steps, double delta, double epsilon) {
-  STD_TORCH_CHECK(sums.scalar_type() == ScalarType::Double && sums.is_contiguous() &&
-                      sums.dim() == 2 && sums.size(0) == 2 &&
-                      sums.size(1) == num_trajectories * num_steps,
-                  "sums must be contiguous float64 [2, N * K]");
+  check_step_sums(sums, num_trajectories, num_steps);
   Tensor d = torch::stable::new_empty(sums, {num_trajectories, num_steps}, ScalarType::Float);
   Tensor w = torch::stable::new_empty(sums, {num_trajectories, num_steps}, ScalarType::Float);
   const double* in = static_cast<const double*>(sums.const_data_ptr());
@@ -235,9 +142,7 @@ std::tuple<Tensor, Tensor> step_weights(const Tensor& sums, int64_t num_trajecto
 
 // [T] each token's weight, 0 where not counted. Ids were checked by step_sums.
 Tensor step_gather(const Tensor& weights, const Tensor& step_ids, const Tensor& trajectory_ids) {
-  STD_TORCH_CHECK(weights.scalar_type() == ScalarType::Float && weights.is_contiguous() &&
-                      weights.dim() == 2,
-                  "weights must be contiguous float32 [N, K]");
+  check_step_weights(weights);
   const sod::StepSumArgs args =
       step_args(step_ids, trajectory_ids, weights.size(0), weights.size(1));
   Tensor out = torch::stable::new_empty(weights, {step_ids.size(0)});
