@@ -1,0 +1,155 @@
+"""Runs one program inside an isolated process as `python main.py` would, plus the echo.
+
+Used two ways: called in a fork of the zygote (warm), or passed as text to a fresh interpreter
+(cold), which is why it imports nothing but the standard library and none of its siblings.
+
+The last statement, when it is an expression, is compiled in "single" mode, so its value reaches
+sys.displayhook as in a notebook; nothing of the program is rewritten.
+"""
+
+import ast
+import atexit
+import builtins
+import gc
+import io
+import os
+import sys
+import threading
+import types
+
+FILE_NAME = "main.py"
+MEMORY_ERROR = 1  # value of the status page's first byte when a MemoryError ended the program
+_FUTURES = 0x1FE0000  # the compiler flags of `from __future__` statements
+
+
+def standard_streams():
+    """Fresh stdin, stdout and stderr over descriptors 0-2, as the interpreter makes them."""
+    for number, name, errors in (
+        (0, "stdin", "surrogateescape"),
+        (1, "stdout", "surrogateescape"),
+        (2, "stderr", "backslashreplace"),
+    ):
+        raw = io.FileIO(number, "rb" if number == 0 else "wb", closefd=False)
+        raw.name = f"<{name}>"
+        buffered = io.BufferedReader(raw) if number == 0 else io.BufferedWriter(raw)
+        text = io.TextIOWrapper(
+            buffered, "utf-8", errors, newline="\n" if number else None, line_buffering=number == 2
+        )
+        text.mode = "r" if number == 0 else "w"
+        setattr(sys, name, text)
+        setattr(sys, f"__{name}__", text)
+
+
+def reseed():
+    """Fresh entropy for numpy's global generator, which a fork would otherwise share."""
+    random = sys.modules.get("numpy.random")
+    if random is not None:
+        random.seed()
+
+
+def _main_module():
+    module = types.ModuleType("__main__")
+    module.__file__ = FILE_NAME
+    module.__builtins__ = builtins
+    sys.modules["__main__"] = module
+    return module
+
+
+def _compile(source, echo):
+    """Code objects to run in order: the program, and the last expression where it is echoed."""
+    tree = ast.parse(source, FILE_NAME)
+    last = None
+    if echo and tree.body and isinstance(tree.body[-1], ast.Expr):
+        last = ast.Interactive(body=[tree.body.pop()])
+    codes = [compile(tree, FILE_NAME, "exec", dont_inherit=True)]
+    if last is not None:
+        flags = codes[0].co_flags & _FUTURES
+        codes.append(compile(last, FILE_NAME, "single", flags=flags, dont_inherit=True))
+    return codes
+
+
+def _exit_code(value):
+    """The exit code of SystemExit(value), by Python's rules; a text goes to stderr."""
+    if value is None:
+        return 0
+    if isinstance(value, int):
+        return value & 0xFF
+    print(value, file=sys.stderr)
+    return 1
+
+
+def _report(error, traceback, page):
+    """Hands an uncaught error to sys.excepthook without our own frames. Returns the exit code."""
+    if isinstance(error, MemoryError):
+        page[0] = MEMORY_ERROR
+    if isinstance(error, SystemExit):
+        return _exit_code(error.code)
+    sys.excepthook(type(error), error.with_traceback(traceback), traceback)
+    return 130 if isinstance(error, KeyboardInterrupt) else 1
+
+
+def _finish(module, code, leave=os._exit, shutdown=threading._shutdown, at_exit=atexit):
+    """What an interpreter does at its end (threads, atexit, __del__, flush), without tearing down
+    the modules shared with the zygote; the names are bound early, for the program may delete them.
+    """
+    try:
+        shutdown()
+        at_exit._run_exitfuncs()
+        namespace = module.__dict__
+        for name in [n for n in namespace if n != "__builtins__"]:
+            namespace[name] = None
+        gc.collect()
+    except BaseException:
+        pass
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None and not stream.closed:
+                stream.flush()
+        except BaseException:
+            code = code or 120  # what CPython returns when the last flush fails
+    leave(code)
+
+
+def run_program(source, echo, page, started_fd):
+    """Runs `source` (bytes, as the file's content) and leaves the process with its exit code.
+
+    Args:
+        source: the program's bytes.
+        echo: whether the value of a last expression is printed.
+        page: writable buffer shared with the supervisor; see MEMORY_ERROR.
+        started_fd: gets one byte and is closed just before the program's first line.
+    """
+    module = _main_module()
+    sys.argv[:] = [FILE_NAME]
+    if "" not in sys.path:
+        sys.path.append("")  # a module the program wrote can be imported, never shadow a library
+    os.write(started_fd, b"S")
+    os.close(started_fd)
+    code = 0
+    try:
+        codes = _compile(source, echo)
+    except BaseException as error:
+        code = _report(error, None, page)
+        codes = []
+    try:
+        for compiled in codes:
+            exec(compiled, module.__dict__)
+    except BaseException as error:
+        traceback = error.__traceback__
+        try:
+            code = _report(error, traceback.tb_next if traceback else None, page)
+        except BaseException:
+            code = 1
+        del error, traceback
+    _finish(module, code)
+
+
+def cold_main():
+    """Entry of a fresh interpreter: descriptors 3 = source, 4 = started pipe, 5 = status page."""
+    import mmap
+
+    page = mmap.mmap(5, 4096)
+    os.close(5)
+    with open(3, "rb") as file:
+        source = file.read()
+    run_program(source, sys.argv[1] == "echo", page, 4)
