@@ -1,6 +1,6 @@
 """Cold start on multi-turn tool trajectories.
 
-    torchrun --nproc-per-node N tools/train_sft.py --config FILE [key=value ...]
+torchrun --nproc-per-node N tools/train_sft.py --config FILE [key=value ...]
 """
 
 from megatron_sod.command_line import run_training

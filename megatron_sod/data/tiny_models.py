@@ -1,6 +1,6 @@
 """Directories of randomly initialised tiny models for the demo and the tests.
 
-    python -m megatron_sod.data.tiny_models OUT_DIR      student/ and teacher/ for the demo's cold start
+python -m megatron_sod.data.tiny_models OUT_DIR      student/ and teacher/ for the demo's cold start
 """
 
 from __future__ import annotations

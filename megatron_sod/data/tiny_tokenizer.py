@@ -67,7 +67,9 @@ def train_tiny_tokenizer(vocab_size: int = 384, *, num_conversations: int = 400)
     )
     bpe.train_from_iterator(_corpus(num_conversations), trainer)
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, clean_up_tokenization_spaces=False, eos_token="<|im_end|>",
+        tokenizer_object=bpe,
+        clean_up_tokenization_spaces=False,
+        eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
     )
     tokenizer.add_special_tokens({"additional_special_tokens": list(CONTROL_TOKENS)})

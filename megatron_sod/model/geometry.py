@@ -96,3 +96,19 @@ def geometry_from_hf(config: dict, *, source: str = "config.json") -> Geometry:
 def load_geometry(model_dir: str | Path) -> Geometry:
     """Geometry of a model directory in Hugging Face format."""
     return geometry_from_hf(read_hf_config(model_dir), source=f"{model_dir}/config.json")
+
+
+def layout_problems(geometry: Geometry, parallel, role: str) -> list[str]:
+    """Why `geometry` cannot be split as `parallel` asks; one line each."""
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    divided = [
+        ("num_attention_heads", geometry.num_attention_heads, tp, "tensor_model_parallel_size"),
+        ("num_key_value_heads", geometry.num_query_groups, tp, "tensor_model_parallel_size"),
+        ("intermediate_size", geometry.ffn_hidden_size, tp, "tensor_model_parallel_size"),
+        ("num_hidden_layers", geometry.num_layers, pp, "pipeline_model_parallel_size"),
+    ]
+    return [
+        f"{role}.parallel.{key} {size} does not divide the model's {name} {count}; choose a divisor"
+        for name, count, size, key in divided
+        if count % size
+    ]

@@ -55,8 +55,9 @@ class _Bar(_Silent):
 
 
 def _join(values: dict[str, float | str]) -> str:
-    return ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in
-                     values.items())
+    return ", ".join(
+        f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items()
+    )
 
 
 @contextlib.contextmanager

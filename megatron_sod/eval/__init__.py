@@ -1,0 +1,1 @@
+"""Success rates with their uncertainty."""

@@ -1,0 +1,69 @@
+"""Evaluate a policy on held-out prompts through the same engine, agent loop and sandbox."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass
+
+from megatron_sod.config.schema import SodConfig
+from megatron_sod.eval.metrics import mean, wilson_interval
+from megatron_sod.rollout.controller import RolloutController
+from megatron_sod.types import Prompt, Trajectory
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """One evaluation; rates are fractions."""
+
+    model: str  # student | teacher
+    iteration: int
+    success: float
+    interval: tuple[float, float]  # 95 %, over prompts x samples
+    num_prompts: int
+    num_samples: int  # graded trajectories
+    num_infra_errors: int  # left out, counted here
+    tool_calls_per_trajectory: float
+    response_length: float  # tokens
+    finish_reasons: dict[str, int]
+
+    def as_dict(self) -> dict:
+        return asdict(self)
+
+
+def evaluate(
+    controller: RolloutController,
+    prompts: list[Prompt],
+    config: SodConfig,
+    *,
+    model: str,
+    iteration: int,
+) -> EvalResult:
+    """Sample and grade `eval.num_samples` trajectories of each prompt."""
+    trajectories = controller.rollout(
+        prompts,
+        tag=f"eval-{model}-{iteration}",
+        num_generations=config.eval.num_samples,
+        temperature=config.eval.temperature,
+        top_p=config.eval.top_p,
+    )
+    return summarise(trajectories, model=model, iteration=iteration, num_prompts=len(prompts))
+
+
+def summarise(
+    trajectories: list[Trajectory], *, model: str, iteration: int, num_prompts: int
+) -> EvalResult:
+    """The result of graded trajectories."""
+    graded = [t for t in trajectories if t.is_valid]
+    rewards = [max(0.0, min(1.0, t.reward)) for t in graded]
+    return EvalResult(
+        model=model,
+        iteration=iteration,
+        success=mean(rewards),
+        interval=wilson_interval(sum(rewards), len(rewards)),
+        num_prompts=num_prompts,
+        num_samples=len(graded),
+        num_infra_errors=len(trajectories) - len(graded),
+        tool_calls_per_trajectory=mean([sum(s.num_tool_calls for s in t.steps) for t in graded]),
+        response_length=mean([len(t.response_token_ids) for t in graded]),
+        finish_reasons=dict(Counter(t.finish_reason for t in trajectories)),
+    )

@@ -1,0 +1,74 @@
+"""Named scalars of one iteration."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+
+from megatron_sod.algorithm.advantages import zero_variance_fraction
+from megatron_sod.observe.records import IterationRecords
+from megatron_sod.types import Trajectory
+
+ERROR_OUTCOMES = ("user_error", "timeout", "memory", "output_limit", "rejected", "malformed")
+
+
+def rollout_metrics(trajectories: list[Trajectory]) -> dict[str, float]:
+    """What the rollouts say about themselves; infrastructure failures are counted, not averaged."""
+    valid = [t for t in trajectories if t.is_valid]
+    rewards = [t.reward for t in valid]
+    steps = [step for t in valid for step in t.steps]
+    num_calls = sum(step.num_tool_calls for step in steps)
+    outcomes = Counter(step.outcome for step in steps if step.num_tool_calls)
+    metrics = {
+        "rollout/reward_mean": float(np.mean(rewards)) if rewards else 0.0,
+        "rollout/tool_calls_avg": num_calls / max(len(valid), 1),
+        "rollout/num_turns": len(steps) / max(len(valid), 1),
+        "rollout/response_length": _mean([len(t.response_token_ids) for t in valid]),
+        "rollout/student_tokens": _mean([sum(t.loss_mask) for t in valid]),
+        "rollout/infra_error_rate": 1 - len(valid) / max(len(trajectories), 1),
+        "rollout/truncated_rate": _mean([t.finish_reason == "max_length" for t in valid]),
+        "rollout/zero_var_group_frac": zero_variance_fraction(
+            [t.reward for t in trajectories],
+            [t.prompt_id for t in trajectories],
+            [t.is_valid for t in trajectories],
+        ),
+        "rollout/tokens": float(sum(len(t.response_token_ids) for t in trajectories)),
+    }
+    for outcome in ("ok", *ERROR_OUTCOMES):
+        metrics[f"tool/{outcome}_rate"] = outcomes[outcome] / max(sum(outcomes.values()), 1)
+    return metrics
+
+
+def credit_metrics(records: IterationRecords) -> dict[str, float]:
+    """Divergences, step weights and token statistics over all ranks."""
+    rows = max(records.sums.get("rows", 0.0), 1.0)
+    metrics = {
+        f"actor/{name}": value / rows for name, value in records.sums.items() if name != "rows"
+    }
+    scored = [row for row in records.step_rows if row["w_k"] is not None]
+    if not scored:
+        return metrics
+    weights = np.array([row["w_k"] for row in scored])
+    divergences = np.array([row["d_k"] for row in scored])
+    numbers = np.array([row["step"] for row in scored])
+    metrics |= {
+        "sod/w_mean": float(weights.mean()),
+        "sod/w_min": float(weights.min()),
+        "sod/frac_w_below_0.2": float((weights < 0.2).mean()),
+        "sod/frac_w_above_1": float((weights > 1.0).mean()),
+        "sod/d_mean": float(divergences.mean()),
+        "sod/n_steps": float(len(scored)),
+    }
+    for percent in (5, 50, 95):
+        metrics[f"sod/w_p{percent}"] = float(np.percentile(weights, percent))
+    for number in range(1, min(int(numbers.max()), 8) + 1):
+        at = numbers == number
+        if at.any():
+            metrics[f"sod/d_step_{number}"] = float(divergences[at].mean())
+            metrics[f"sod/w_step_{number}"] = float(weights[at].mean())
+    return metrics
+
+
+def _mean(values) -> float:
+    return float(np.mean(values)) if len(values) else 0.0

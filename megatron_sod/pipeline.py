@@ -1,0 +1,249 @@
+"""One iteration, top to bottom. Read this first.
+
+prompts -> rollout -> scoring -> step weights -> update -> weight transfer -> records
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from megatron_sod.config.schema import SodConfig
+from megatron_sod.data.batch import build_training_batch
+from megatron_sod.eval.runner import EvalResult, evaluate
+from megatron_sod.model.weights import export_hf
+from megatron_sod.observe.metrics import credit_metrics, rollout_metrics
+from megatron_sod.observe.progress import progress, say
+from megatron_sod.observe.records import local_records, merge_records
+from megatron_sod.observe.summary import finish_run
+from megatron_sod.parallel.share import from_rank0
+from megatron_sod.rollout.breaker import check_infrastructure
+from megatron_sod.scoring.credit import assign_credit
+from megatron_sod.scoring.score import score
+from megatron_sod.session import Session, open_session
+from megatron_sod.train.checkpoint import Progress
+from megatron_sod.train.loss import EXACT_LOSSES
+from megatron_sod.train.update import update
+from megatron_sod.types import MicroBatch, TrainingBatch, Trajectory
+
+
+def train(config: SodConfig) -> None:
+    """Run the whole job a configuration describes."""
+    with open_session(config) as session:
+        started = time.monotonic()
+        _begin(session)
+        total = config.train.num_iterations
+        with progress(config.name, total, unit="iteration") as bar:
+            while session.progress.iteration < total:
+                metrics = run_iteration(session)
+                bar.update(session.progress.iteration, **_shown(metrics))
+        _end(session, wall_s=time.monotonic() - started)
+
+
+def run_iteration(session: Session) -> dict[str, float]:
+    """One round of on-policy distillation; the metrics, complete on rank 0."""
+    config, clock = session.config, _Clock()
+    iteration = session.progress.iteration + 1
+    with clock("rollout"):
+        trajectories = _roll_out(session, iteration)
+    batch = _training_batch(session, trajectories)
+    micro_batches = [m for mini in batch.mini_batches for m in mini.micro_batches]
+    with clock("score"):
+        scores = score(
+            session.student.ddp,
+            session.teacher,
+            micro_batches,
+            temperature=config.rollout.temperature,
+            keep_teacher_hidden=config.distill.loss in EXACT_LOSSES,
+        )
+    credits, steps = [], None
+    if session.is_last_stage:
+        credits, steps = assign_credit(batch, micro_batches, scores, config)
+    with clock("train"):
+        update_metrics = update(session, batch, credits, scores)
+    with clock("transfer"):
+        transfer = session.sync.transfer(session.progress.policy_version + 1)
+    session.progress = Progress(
+        iteration=iteration,
+        policy_version=transfer.policy_version,
+        num_prompts_drawn=session.progress.num_prompts_drawn + config.train.train_batch_size,
+        config_hash=session.progress.config_hash,
+    )
+    with clock("record"):
+        metrics = _record(session, trajectories, batch, micro_batches, scores, credits, steps)
+    metrics |= update_metrics
+    metrics |= {
+        "transfer/canary_max_error": transfer.canary_max_error,
+        "transfer/bytes": float(transfer.num_bytes),
+    }
+    with clock("save"):
+        _save_if_due(session)
+    with clock("eval"):
+        _evaluate_if_due(session)
+    metrics |= clock.seconds()
+    _log(session, metrics)
+    return metrics
+
+
+def _begin(session: Session) -> None:
+    """Put the student into the engines; evaluate student and teacher before training."""
+    session.sync.transfer(session.progress.policy_version)
+    if session.is_main:
+        session.run_dir.drop_after(session.progress.iteration)
+    if session.progress.iteration:
+        say(f"resumed after iteration {session.progress.iteration}")
+
+    def work() -> None:
+        if session.teacher_controller is not None:
+            session.teacher_controller.wait_until_ready("teacher engines")
+            _note(session, _evaluate(session, "teacher"))
+            session.teacher_controller.close()
+            session.teacher_controller = None
+        if session.progress.iteration == 0 and session.eval_prompts:
+            _note(session, _evaluate(session, "student"))
+
+    from_rank0(work, timeout_s=session.config.rollout.timeout_s)
+
+
+def _end(session: Session, *, wall_s: float) -> None:
+    """Export the student, write the report and the summary."""
+    config = session.config
+    if config.train.export_hf:
+        student = session.student
+        export_hf(student.model, student.geometry, session.run_dir.hf, config.student.path)
+    from_rank0(
+        lambda: finish_run(session.run_dir, config, session.tokenizer, wall_s=wall_s),
+        timeout_s=config.rollout.timeout_s,
+    )
+
+
+def _roll_out(session: Session, iteration: int) -> list[Trajectory]:
+    config = session.config
+    drawn = session.order.draw(session.progress.num_prompts_drawn, config.train.train_batch_size)
+
+    def work() -> list[Trajectory]:
+        assert session.controller is not None
+        trajectories = session.controller.rollout(
+            [session.prompts[index] for index in drawn],
+            tag=str(iteration),
+            num_generations=config.rollout.num_generations,
+            temperature=config.rollout.temperature,
+            top_p=1.0,
+        )
+        check_infrastructure(trajectories, config.watchdog)
+        return trajectories
+
+    return from_rank0(work, timeout_s=config.rollout.timeout_s)
+
+
+def _training_batch(session: Session, trajectories: list[Trajectory]) -> TrainingBatch:
+    train, groups = session.config.train, session.groups
+    parallel = session.config.student.parallel
+    return build_training_batch(
+        trajectories,
+        num_mini_batches=train.train_batch_size // train.ppo_mini_batch_size,
+        tokens_per_micro_batch=train.tokens_per_micro_batch,
+        dp_rank=groups.dp.rank(),
+        dp_size=groups.dp.size(),
+        multiple_of=groups.tp.size() if parallel.sequence_parallel else 1,
+    )
+
+
+def _record(
+    session: Session,
+    trajectories: list[Trajectory],
+    batch: TrainingBatch,
+    micro_batches: list[MicroBatch],
+    scores,
+    credits,
+    steps,
+) -> dict[str, float]:
+    local = None
+    if session.makes_records:
+        local = local_records(
+            batch,
+            micro_batches,
+            scores,
+            credits,
+            steps,
+            iteration=session.progress.iteration,
+            num_trajectories_kept=session.config.observe.num_trajectories_kept,
+        )
+    records = merge_records(local)
+    if records is None:
+        return {}
+    session.run_dir.write_steps(session.progress.iteration, records.step_rows)
+    for row in records.trajectory_rows:
+        session.run_dir.append("trajectories.jsonl", row)
+    return rollout_metrics(trajectories) | credit_metrics(records)
+
+
+def _save_if_due(session: Session) -> None:
+    train, iteration = session.config.train, session.progress.iteration
+    if iteration % train.save_interval == 0 or iteration == train.num_iterations:
+        session.checkpoints.save(session.student, session.progress)
+
+
+def _evaluate_if_due(session: Session) -> None:
+    train, iteration = session.config.train, session.progress.iteration
+    due = train.eval_interval and iteration % train.eval_interval == 0
+    if session.eval_prompts and (due or iteration == train.num_iterations):
+        from_rank0(
+            lambda: _note(session, _evaluate(session, "student")),
+            timeout_s=session.config.rollout.timeout_s,
+        )
+
+
+def _evaluate(session: Session, model: str) -> EvalResult:
+    controller = session.teacher_controller if model == "teacher" else session.controller
+    assert controller is not None
+    return evaluate(
+        controller,
+        session.eval_prompts,
+        session.config,
+        model=model,
+        iteration=session.progress.iteration,
+    )
+
+
+def _note(session: Session, result: EvalResult) -> None:
+    session.run_dir.append("evals.jsonl", result.as_dict())
+    low, high = result.interval
+    say(
+        f"{result.model} after iteration {result.iteration}: success {result.success:.1%} "
+        f"[{low:.1%}, {high:.1%}] on {result.num_prompts} held-out tasks"
+    )
+
+
+def _log(session: Session, metrics: dict[str, float]) -> None:
+    if session.is_main:
+        row = {"iteration": session.progress.iteration, **metrics}
+        session.run_dir.append("metrics.jsonl", row)
+
+
+def _shown(metrics: dict[str, float]) -> dict[str, float | str]:
+    names = {
+        "reward": "rollout/reward_mean",
+        "w": "sod/w_mean",
+        "d": "sod/d_mean",
+        "grad_norm": "actor/grad_norm",
+        "s/it": "time/total_s",
+    }
+    return {short: metrics[name] for short, name in names.items() if name in metrics}
+
+
+class _Clock:
+    """Wall seconds per phase."""
+
+    def __init__(self) -> None:
+        self._started, self._phases = time.monotonic(), dict[str, float]()
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        begin = time.monotonic()
+        yield
+        self._phases[f"time/{phase}_s"] = time.monotonic() - begin
+
+    def seconds(self) -> dict[str, float]:
+        return {**self._phases, "time/total_s": time.monotonic() - self._started}

@@ -1,0 +1,140 @@
+"""One trajectory: sample a turn, run its tool calls, append what they printed, and again.
+
+Token in, token out: sampled ids are kept as they are, only observation ids are added.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from megatron_sod.data.chat import ChatFormat
+from megatron_sod.rollout.tool_calls import ToolCall, ToolCallParser
+from megatron_sod.rollout.tools import Observation, Tool
+from megatron_sod.rollout.trajectory_builder import TrajectoryBuilder
+from megatron_sod.types import Prompt, Trajectory
+
+NOT_EXECUTED = "Error: not executed, one call per turn is allowed; call again"
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How an engine samples a turn."""
+
+    temperature: float
+    top_p: float
+    max_tokens: int
+    stop_token_ids: tuple[int, ...]
+    seed: int
+
+
+@dataclass(frozen=True)
+class SampledTurn:
+    """What an engine returns for one turn."""
+
+    token_ids: list[int]  # with the stop token when one was sampled
+    logprobs: list[float]  # after temperature, of each sampled token
+    policy_version: int
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Where a trajectory ends."""
+
+    max_turns: int
+    max_response_length: int  # tokens, observations included
+    max_observation_length: int  # tokens kept of each tool result
+    max_tool_calls_per_turn: int
+
+
+Generate = Callable[[list[int], Sampling], Awaitable[SampledTurn]]
+Grade = Callable[[Prompt, str], Awaitable[float]]
+
+
+class AgentLoop:
+    """Runs trajectories; holds nothing between them."""
+
+    def __init__(self, chat: ChatFormat, generate: Generate, tool: Tool, grade: Grade, limits):
+        self._chat, self._generate, self._tool, self._grade = chat, generate, tool, grade
+        self._limits: Limits = limits
+        self._parser = ToolCallParser(chat.tokenizer)
+
+    async def run(
+        self, prompt: Prompt, trajectory_id: str, *, temperature: float, top_p: float, seed: int
+    ) -> Trajectory:
+        """One trajectory from the prompt to its end, graded on the student's final turn."""
+        builder = TrajectoryBuilder(prompt, trajectory_id)
+        while True:
+            reason = await self._turn(builder, temperature, top_p, seed)
+            if reason is not None:
+                break
+        reward = 0.0
+        if reason == "answer":
+            reward = await self._grade(prompt, self._chat.decode(builder.last_turn))
+        return builder.finish(reason, float("nan") if reason == "infra_error" else reward)
+
+    async def _turn(self, builder, temperature: float, top_p: float, seed: int) -> str | None:
+        """One turn and its tools; the finish reason when the trajectory ends here."""
+        limits = self._limits
+        room = limits.max_response_length - len(builder.response)
+        if room <= 0:
+            return "max_length"
+        turn_seed = _seed(seed, builder.trajectory_id, builder.num_turns)
+        stop = tuple(self._chat.stop_token_ids)
+        turn = await self._generate(
+            builder.token_ids, Sampling(temperature, top_p, room, stop, turn_seed)
+        )
+        builder.add_turn(turn.token_ids, turn.logprobs, turn.policy_version)
+        if not turn.token_ids or turn.token_ids[-1] not in stop:
+            return "max_length"  # cut: neither a newline nor an observation may follow
+        calls = self._parser.parse(turn.token_ids)
+        if not calls:
+            return "answer"
+        if turn.token_ids[-1] != self._chat.end_of_turn_id:
+            return "answer"  # the student ended the text instead of its turn
+        if builder.num_turns >= limits.max_turns:
+            return "max_turns"
+        observations = await self._run_calls(calls, builder)
+        builder.set_outcome(_worst(observations), len(calls))
+        if any(o.outcome == "infra_error" for o in observations):
+            return "infra_error"
+        ids = self._chat.observation_ids([self._truncate(o.text) for o in observations])
+        if len(builder.response) + len(ids) >= limits.max_response_length:
+            return "max_length"
+        builder.add_context(ids)
+        return None
+
+    async def _run_calls(self, calls: list[ToolCall], builder) -> list[Observation]:
+        allowed = self._limits.max_tool_calls_per_turn
+        observations = []
+        for number, call in enumerate(calls):
+            if number >= allowed:
+                observations.append(Observation(NOT_EXECUTED, "rejected"))
+                continue
+            call_id = f"{builder.trajectory_id}/{builder.num_turns}/{number}"
+            observations.append(await self._tool.call(call, call_id=call_id))
+        return observations
+
+    def _truncate(self, text: str) -> str:
+        """Head and tail of an observation longer than the limit, in tokens."""
+        limit = self._limits.max_observation_length
+        ids = self._chat.plain_ids(text)
+        if len(ids) <= limit:
+            return text
+        mark = self._chat.plain_ids("\n...(truncated)...\n")
+        half = max(1, (limit - len(mark)) // 2)
+        return self._chat.decode(ids[:half] + mark + ids[-half:])
+
+
+def _worst(observations: list[Observation]) -> str:
+    """One outcome for the step: the first that is not ok."""
+    for observation in observations:
+        if observation.outcome != "ok":
+            return observation.outcome
+    return "ok"
+
+
+def _seed(seed: int, trajectory_id: str, turn: int) -> int:
+    digest = hashlib.sha256(f"{seed}/{trajectory_id}/{turn}".encode()).digest()
+    return int.from_bytes(digest[:4], "little")

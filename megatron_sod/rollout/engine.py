@@ -1,0 +1,124 @@
+"""A vLLM engine in a Ray actor: token ids in, token ids and logprobs out.
+
+The only module of this package that drives vLLM. Weights arrive through vLLM's weight-transfer
+interface (megatron_sod/reshard).
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from typing import Any
+
+from megatron_sod.rollout.agent_loop import SampledTurn, Sampling
+
+
+def engine_environment(kv_cache_gb: float) -> dict[str, str]:
+    """Environment of an engine process, set before vLLM is imported."""
+    return {
+        "OMP_NUM_THREADS": os.environ.get("SOD_ENGINE_THREADS", "1"),
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_CPU_KVCACHE_SPACE": str(max(1, round(kv_cache_gb))),
+        "VLLM_LOGGING_LEVEL": os.environ.get("SOD_ENGINE_LOG_LEVEL", "WARNING"),
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_DO_NOT_TRACK": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+
+
+class Engine:
+    """Wraps AsyncLLM. Methods are coroutines, so a Ray actor of it serves many calls at once."""
+
+    def __init__(self, options: dict[str, Any]):
+        """`options`: model, dtype, max_model_len, tensor_parallel_size, max_num_seqs, load_format,
+        gpu_memory_utilization, seed."""
+        import torch
+        from vllm import AsyncEngineArgs
+        from vllm.config import WeightTransferConfig
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        on_gpu = torch.cuda.is_available()
+        tensor_parallel_size = options["tensor_parallel_size"]
+        arguments = AsyncEngineArgs(
+            model=options["model"],
+            skip_tokenizer_init=True,
+            dtype=options["dtype"],
+            max_model_len=options["max_model_len"],
+            max_num_seqs=options["max_num_seqs"],
+            tensor_parallel_size=tensor_parallel_size,
+            distributed_executor_backend="mp" if tensor_parallel_size > 1 else "uni",
+            load_format=options["load_format"],
+            gpu_memory_utilization=options["gpu_memory_utilization"],
+            enforce_eager=not on_gpu,
+            logprobs_mode="processed_logprobs",  # after temperature: what was sampled from
+            weight_transfer_config=WeightTransferConfig(backend="megatron_sod"),
+            generation_config="vllm",  # nothing from the model's own generation_config.json
+            disable_log_stats=True,
+            seed=options["seed"],
+        )
+        self._llm = AsyncLLM.from_engine_args(arguments)
+        self._requests = itertools.count()
+        self._policy_version = -1
+
+    async def ready(self) -> bool:
+        await self._llm.check_health()
+        return True
+
+    async def generate(self, token_ids: list[int], sampling: Sampling) -> SampledTurn:
+        """Sample one turn; ends at a stop token (kept) or at max_tokens."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            max_tokens=sampling.max_tokens,
+            stop_token_ids=list(sampling.stop_token_ids),
+            seed=sampling.seed,
+            logprobs=0,
+            detokenize=False,
+        )
+        version = self._policy_version
+        output = (await self._final(token_ids, params)).outputs[0]
+        sampled = list(output.token_ids)
+        logprobs = [
+            entry[token].logprob for entry, token in zip(output.logprobs, sampled, strict=True)
+        ]
+        return SampledTurn(sampled, logprobs, version)
+
+    async def score(self, token_ids: list[int]) -> list[float]:
+        """Logprob of each token but the first, given those before it."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(temperature=1.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+        output = await self._final(token_ids, params)
+        entries = output.prompt_logprobs[1:]
+        return [entry[token].logprob for entry, token in zip(entries, token_ids[1:], strict=True)]
+
+    async def _final(self, token_ids: list[int], params):
+        final = None
+        request_id = str(next(self._requests))
+        async for output in self._llm.generate({"prompt_token_ids": token_ids}, params, request_id):
+            final = output
+        return final
+
+    async def connect_weights(self, init_info: dict[str, Any]) -> None:
+        """Give the weight-transfer engine what it needs once."""
+        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
+
+        await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info))
+
+    async def update_weights(self, update_info: dict[str, Any], policy_version: int) -> None:
+        """Pause, receive, resume; cached prefixes of the old weights are dropped."""
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+        await self._llm.pause_generation(mode="wait")
+        await self._llm.start_weight_update()
+        await self._llm.update_weights(WeightTransferUpdateRequest(update_info))
+        await self._llm.finish_weight_update(weight_version=str(policy_version))
+        await self._llm.reset_prefix_cache()
+        self._policy_version = policy_version
+        await self._llm.resume_generation()
+
+    async def close(self) -> None:
+        self._llm.shutdown()

@@ -1,0 +1,71 @@
+"""Appends tokens to a trajectory. Step ids and masks are assigned here, when tokens arrive, and
+nowhere else: no later stage searches text for turns."""
+
+from __future__ import annotations
+
+from megatron_sod.types import Prompt, Step, Trajectory
+
+
+class TrajectoryBuilder:
+    """A trajectory while it grows."""
+
+    def __init__(self, prompt: Prompt, trajectory_id: str):
+        self.prompt, self.trajectory_id = prompt, trajectory_id
+        self.response: list[int] = []
+        self._mask: list[bool] = []
+        self._step_ids: list[int] = []
+        self._logprobs: list[float] = []
+        self._versions: list[int] = []
+        self._steps: list[Step] = []
+        self.last_turn: list[int] = []
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Everything the next turn is conditioned on."""
+        return self.prompt.token_ids + self.response
+
+    @property
+    def num_turns(self) -> int:
+        return len(self._steps)
+
+    def add_turn(self, token_ids: list[int], logprobs: list[float], policy_version: int) -> None:
+        """Tokens the student sampled: the next step."""
+        step = self.num_turns + 1
+        count = len(token_ids)
+        self.response += token_ids
+        self._mask += [True] * count
+        self._step_ids += [step] * count
+        self._logprobs += logprobs
+        self._versions += [policy_version] * count
+        self._steps.append(Step(step, "none", count))
+        self.last_turn = token_ids
+
+    def set_outcome(self, outcome: str, num_tool_calls: int) -> None:
+        """What the tool calls of the latest step gave."""
+        step = self._steps[-1]
+        self._steps[-1] = Step(step.step_id, outcome, step.num_tokens, num_tool_calls)
+
+    def add_context(self, token_ids: list[int]) -> None:
+        """Observations and template glue: read by the student, not written by it."""
+        count = len(token_ids)
+        self.response += token_ids
+        self._mask += [False] * count
+        self._step_ids += [0] * count
+        self._logprobs += [0.0] * count
+        self._versions += [-1] * count
+
+    def finish(self, reason: str, reward: float) -> Trajectory:
+        return Trajectory(
+            trajectory_id=self.trajectory_id,
+            prompt_id=self.prompt.prompt_id,
+            prompt_token_ids=self.prompt.token_ids,
+            response_token_ids=self.response,
+            loss_mask=self._mask,
+            step_ids=self._step_ids,
+            rollout_logprobs=self._logprobs,
+            policy_versions=self._versions,
+            steps=tuple(self._steps),
+            finish_reason=reason,
+            reward=reward,
+            policy_version=max(self._versions, default=-1),
+        )

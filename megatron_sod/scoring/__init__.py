@@ -1,0 +1,1 @@
+"""What student and teacher say about every sampled token, and the credit that follows."""

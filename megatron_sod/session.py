@@ -1,0 +1,179 @@
+"""Everything a run holds between iterations, opened in order and closed in reverse."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_sod.config.load import config_hash
+from megatron_sod.config.schema import ModelConfig, SodConfig
+from megatron_sod.data.order import PromptOrder
+from megatron_sod.data.sources import load_prompts, load_tokenizer
+from megatron_sod.errors import ConfigError
+from megatron_sod.model.build import HiddenStateGPT, build_model
+from megatron_sod.model.geometry import Geometry, layout_problems, load_geometry
+from megatron_sod.model.parity import check_same_vocabulary
+from megatron_sod.model.weights import has_weights, load_hf_weights
+from megatron_sod.observe.run_dir import RunDir
+from megatron_sod.parallel import state
+from megatron_sod.reshard.canary import canary_sequences, trainer_logprobs
+from megatron_sod.reshard.sync import WeightSync
+from megatron_sod.rollout.controller import RolloutController, stop_ray
+from megatron_sod.rollout.worker import make_chat
+from megatron_sod.train.checkpoint import Checkpoints, Progress
+from megatron_sod.train.trainable import Trainable
+from megatron_sod.types import Prompt
+
+
+@dataclass
+class Session:
+    """One trainer rank's view of the run. `controller` lives on rank 0 only."""
+
+    config: SodConfig
+    groups: ProcessGroupCollection
+    student: Trainable
+    teacher: HiddenStateGPT | None
+    prompts: list[Prompt]
+    eval_prompts: list[Prompt]
+    order: PromptOrder
+    run_dir: RunDir
+    checkpoints: Checkpoints
+    progress: Progress
+    tokenizer: Any
+    sync: WeightSync
+    controller: RolloutController | None = None
+    teacher_controller: RolloutController | None = None
+    last_metrics: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def is_main(self) -> bool:
+        return dist.get_rank() == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return state.is_last_stage(self.groups)
+
+    @property
+    def makes_records(self) -> bool:
+        """One rank per data-parallel replica holds the scores that are reported."""
+        return self.is_last_stage and self.groups.tp.rank() == 0
+
+
+@contextlib.contextmanager
+def open_session(config: SodConfig) -> Iterator[Session]:
+    """Check the inputs, start every process, load models and the latest checkpoint."""
+    torch.manual_seed(config.seed)
+    with contextlib.ExitStack() as closing:
+        inputs = _Inputs(config)  # before anything is started
+        state.initialize(config.student.parallel, seed=config.seed)
+        closing.callback(state.shutdown)
+        groups = state.process_groups()
+        run_dir = RunDir(config)
+        controller = teacher_controller = None
+        if dist.get_rank() == 0:
+            run_dir.prepare(config)
+            closing.callback(stop_ray)
+            controller = RolloutController(config, config.student, load_weights=False)
+            closing.callback(controller.close)
+            if config.eval.teacher and config.teacher and not _teacher_is_evaluated(run_dir):
+                teacher_controller = RolloutController(config, config.teacher, load_weights=True)
+        student = Trainable(
+            _model(config.student, inputs.student, groups), inputs.student, config.train
+        )
+        teacher = None
+        if config.teacher is not None and inputs.teacher is not None and config.distill.coef > 0:
+            teacher = _model(config.teacher, inputs.teacher, groups)
+            teacher.requires_grad_(False)
+        checkpoints = Checkpoints(run_dir.checkpoints, keep_last=config.train.keep_last)
+        progress = _resume(config, checkpoints, student)
+        if controller is not None:
+            controller.wait_until_ready("student engines")
+        sync = _weight_sync(config, student, inputs.student, controller)
+        closing.callback(sync.close)
+        yield Session(
+            config=config,
+            groups=groups,
+            student=student,
+            teacher=teacher,
+            prompts=inputs.prompts,
+            eval_prompts=inputs.eval_prompts,
+            order=PromptOrder(len(inputs.prompts), config.seed, config.data.shuffle),
+            run_dir=run_dir,
+            checkpoints=checkpoints,
+            progress=progress,
+            tokenizer=inputs.tokenizer,
+            sync=sync,
+            controller=controller,
+            teacher_controller=teacher_controller,
+        )
+
+
+class _Inputs:
+    """Geometries, tokenizer and prompts, checked against each other and the configuration."""
+
+    def __init__(self, config: SodConfig):
+        self.student = load_geometry(config.student.path)
+        problems = layout_problems(self.student, config.student.parallel, "student")
+        self.tokenizer = load_tokenizer(config.student.path)
+        self.teacher: Geometry | None = None
+        if config.teacher is not None:
+            self.teacher = load_geometry(config.teacher.path)
+            problems += layout_problems(self.teacher, config.teacher.parallel, "teacher")
+            teacher_tokenizer = load_tokenizer(config.teacher.path)
+            check_same_vocabulary(self.student, self.teacher, self.tokenizer, teacher_tokenizer)
+        if problems:
+            raise ConfigError("\n".join(problems))
+        chat = make_chat(config, config.student.path)
+        data, rollout = config.data, config.rollout
+        options = dict(
+            prompt_key=data.prompt_key,
+            answer_key=data.answer_key,
+            max_length=rollout.max_prompt_length,
+        )
+        self.prompts = load_prompts(data.train, chat, **options)  # type: ignore[arg-type]
+        self.eval_prompts = load_prompts(data.eval, chat, **options) if data.eval else []  # type: ignore[arg-type]
+        PromptOrder(len(self.prompts), 0).draw(0, config.train.train_batch_size)
+
+
+def _model(
+    model_config: ModelConfig, geometry: Geometry, groups: ProcessGroupCollection
+) -> HiddenStateGPT:
+    model = build_model(geometry, model_config.parallel, groups, dtype=model_config.dtype)
+    if has_weights(model_config.path):
+        load_hf_weights(model, geometry, model_config.path)
+    return model
+
+
+def _resume(config: SodConfig, checkpoints: Checkpoints, student: Trainable) -> Progress:
+    """Load what `train.resume` names; a fresh start otherwise."""
+    fresh = Progress(0, 0, 0, config_hash(config))
+    resume = config.train.resume
+    path = checkpoints.latest() if resume == "auto" else None if resume == "never" else resume
+    return checkpoints.load(student, path) if path else fresh
+
+
+def _teacher_is_evaluated(run_dir: RunDir) -> bool:
+    return any(row["model"] == "teacher" for row in run_dir.rows("evals.jsonl"))
+
+
+def _weight_sync(
+    config: SodConfig,
+    student: Trainable,
+    geometry: Geometry,
+    controller: RolloutController | None,
+) -> WeightSync:
+    canaries = canary_sequences(geometry.vocab_size, config.transfer.num_canary_tokens)
+    return WeightSync(
+        student.model,
+        geometry,
+        controller.engine_control() if controller else None,
+        canaries=canaries,
+        trainer_logprobs=lambda sequences: trainer_logprobs(student.ddp, sequences),
+        tolerance=config.transfer.canary_tolerance,
+    )

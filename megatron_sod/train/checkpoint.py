@@ -1,0 +1,106 @@
+"""Checkpoints through Megatron's dist_checkpointing: atomic, resumable, a few kept.
+
+RUN/checkpoints/iter_000010/       model, optimizer and progress
+RUN/checkpoints/latest             "iter_000010"; written after the folder is complete
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+
+from megatron_sod.errors import CheckpointError
+from megatron_sod.train.trainable import Trainable
+
+# The default sharding of the distributed optimizer cannot be saved by dist_checkpointing 0.16.
+_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
+_LATEST = "latest"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands after an iteration."""
+
+    iteration: int  # finished iterations
+    policy_version: int  # optimizer-made versions of the student so far
+    num_prompts_drawn: int  # position in the data order
+    config_hash: str
+
+
+class Checkpoints:
+    """The checkpoints of one run directory. Methods are collectives over all trainer ranks."""
+
+    def __init__(self, folder: str | Path, *, keep_last: int):
+        self.folder, self._keep_last = Path(folder), keep_last
+
+    def latest(self) -> Path | None:
+        """The newest complete checkpoint."""
+        marker = self.folder / _LATEST
+        if not marker.is_file():
+            return None
+        path = self.folder / marker.read_text().strip()
+        if not path.is_dir():
+            raise CheckpointError(
+                f"{marker} names {path.name}, which is not there; write the name of an existing "
+                "iter_* folder into it, or delete it to start over"
+            )
+        return path
+
+    def save(self, trainable: Trainable, progress: Progress) -> Path:
+        """Write a checkpoint beside the older ones, then make it the latest."""
+        target = self.folder / f"iter_{progress.iteration:06d}"
+        partial = target.with_name(target.name + ".partial")
+        if dist.get_rank() == 0:
+            for stale in (partial, target):
+                shutil.rmtree(stale, ignore_errors=True)
+            partial.mkdir(parents=True)
+        dist.barrier()
+        state = _sharded_state(trainable, is_loading=False)
+        state["progress"] = asdict(progress)
+        dist_checkpointing.save(state, str(partial))
+        dist.barrier()
+        if dist.get_rank() == 0:
+            partial.rename(target)
+            marker = self.folder / (_LATEST + ".partial")
+            marker.write_text(target.name + "\n")
+            marker.rename(self.folder / _LATEST)
+            self._delete_old(keep=target)
+        dist.barrier()
+        return target
+
+    def load(self, trainable: Trainable, path: str | Path) -> Progress:
+        """Fill model and optimizer from a checkpoint folder.
+
+        Raises:
+            CheckpointError: the folder is not a checkpoint of this package.
+        """
+        if not (Path(path) / "metadata.json").is_file():
+            raise CheckpointError(
+                f"{path} is not a complete checkpoint (no metadata.json); give an iter_* folder of "
+                "a run's checkpoints/"
+            )
+        state = _sharded_state(trainable, is_loading=True)
+        loaded = dist_checkpointing.load(state, str(path))
+        trainable.model.load_state_dict(loaded["model"], strict=False)
+        trainable.optimizer.load_state_dict(loaded["optimizer"])
+        if "progress" not in loaded:
+            raise CheckpointError(f"{path}: written by another program (no `progress` in it)")
+        return Progress(**loaded["progress"])
+
+    def _delete_old(self, *, keep: Path) -> None:
+        complete = sorted(p for p in self.folder.glob("iter_*") if not p.name.endswith(".partial"))
+        for path in complete[: -self._keep_last]:
+            if path != keep:
+                shutil.rmtree(path)
+
+
+def _sharded_state(trainable: Trainable, *, is_loading: bool) -> dict:
+    model_state = trainable.model.sharded_state_dict(metadata=_METADATA)
+    optimizer_state = trainable.optimizer.sharded_state_dict(
+        model_state, is_loading=is_loading, metadata=_METADATA
+    )
+    return {"model": model_state, "optimizer": optimizer_state}

@@ -1,0 +1,91 @@
+"""The loss of one micro-batch: a sum over its rows, to be divided once by the global row count.
+
+R rows that carry loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+from megatron_sod.algorithm.policy_loss import clipped_surrogate, importance_ratio
+from megatron_sod.config.schema import SodConfig
+from megatron_sod.model.build import HiddenStateGPT
+from megatron_sod.ops import differentiable_divergence
+from megatron_sod.train.schedule import LossFn
+from megatron_sod.types import MicroBatch, TokenCredit, TokenScores
+
+EXACT_LOSSES = ("reverse_kl", "forward_kl", "jsd")
+
+
+def make_loss_fn(
+    model: HiddenStateGPT,
+    teacher: HiddenStateGPT | None,
+    credits: Sequence[TokenCredit],
+    scores: Sequence[TokenScores],
+    config: SodConfig,
+) -> LossFn:
+    """The loss function of one mini-batch; `credits` and `scores` belong to its micro-batches."""
+
+    def loss_fn(hidden: torch.Tensor, batch: MicroBatch, number: int):
+        credit, score = credits[number], scores[number]
+        stats = _divergence(model, teacher, hidden, batch, score, config)
+        loss_R = clipped_surrogate(
+            stats.student_logprobs,
+            credit.old_logprobs,
+            credit.advantages,
+            clip_low=config.grpo.clip_low,
+            clip_high=config.grpo.clip_high,
+            dual_clip=config.grpo.dual_clip,
+        )
+        if config.distill.coef > 0:
+            loss_R = loss_R + _distillation(stats, credit, config)
+        count = torch.tensor(batch.rows.numel(), device=hidden.device)
+        return loss_R.sum(), count, _collected(loss_R, stats, credit, config)
+
+    return loss_fn
+
+
+def _divergence(model, teacher, hidden, batch: MicroBatch, score: TokenScores, config: SodConfig):
+    exact = config.distill.coef > 0 and config.distill.loss in EXACT_LOSSES
+    teacher_logits = None
+    if exact:
+        with torch.no_grad():
+            teacher_logits = F.linear(score.teacher_hidden, teacher.head_weight())
+    return differentiable_divergence(
+        model.output_logits(hidden, batch.rows),
+        teacher_logits,
+        batch.targets,
+        vocab_start=model.vocab_start,
+        vocab_size=model.real_vocab_size,
+        group=model.pg_collection.tp,
+        temperature=config.rollout.temperature,
+        jsd_beta=config.distill.jsd_beta if exact and config.distill.loss == "jsd" else None,
+        inplace=True,
+    )
+
+
+def _distillation(stats, credit: TokenCredit, config: SodConfig) -> torch.Tensor:
+    """[R] the term beside the surrogate; `sampled_advantage` has none, it is in the advantage."""
+    loss = config.distill.loss
+    if loss == "sampled_advantage":
+        return torch.zeros_like(credit.advantages)
+    if loss == "sampled_separate":
+        ratio = importance_ratio(stats.student_logprobs, credit.old_logprobs)
+        return -credit.distill_weights * credit.log_ratios * ratio
+    return credit.distill_weights * getattr(stats, loss)
+
+
+def _collected(loss_R, stats, credit: TokenCredit, config: SodConfig) -> dict[str, torch.Tensor]:
+    """Sums for the metrics, detached."""
+    log_ratio = stats.student_logprobs.detach() - credit.old_logprobs
+    ratio = log_ratio.exp()
+    outside = (ratio < 1 - config.grpo.clip_low) | (ratio > 1 + config.grpo.clip_high)
+    return {
+        "loss": loss_R.detach().double().sum(),
+        "ppo_kl": -log_ratio.double().sum(),
+        "clip_fraction": outside.double().sum(),
+        "rows": torch.tensor(float(loss_R.numel()), dtype=torch.float64, device=loss_R.device),
+    }

@@ -1,0 +1,55 @@
+"""The optimizer steps of one iteration."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+from megatron_sod.parallel.cpu import device
+from megatron_sod.train.loss import make_loss_fn
+from megatron_sod.types import TokenCredit, TokenScores, TrainingBatch
+
+if TYPE_CHECKING:
+    from megatron_sod.session import Session
+
+_SUMS = ("loss", "ppo_kl", "clip_fraction", "rows")
+
+
+def update(
+    session: Session,
+    batch: TrainingBatch,
+    credits: list[TokenCredit],
+    scores: list[TokenScores],
+) -> dict[str, float]:
+    """One step per mini-batch. Metrics on every rank. A collective.
+
+    `credits` and `scores` follow the micro-batches of all mini-batches in order; they are empty on
+    all but the last pipeline stage.
+    """
+    student, groups = session.student, session.groups
+    sums = torch.zeros(len(_SUMS), dtype=torch.float64, device=device())
+    grad_norms, num_skipped, start = [], 0, 0
+    for mini_batch in batch.mini_batches:
+        end = start + len(mini_batch.micro_batches)
+        loss_fn = make_loss_fn(
+            student.model, session.teacher, credits[start:end], scores[start:end], session.config
+        )
+        result = student.step(mini_batch.micro_batches, loss_fn)
+        for collected in result.collected:
+            sums += torch.stack([collected[name] for name in _SUMS])
+        grad_norms.append(result.grad_norm)
+        num_skipped += not result.is_applied
+        start = end
+    for group in (groups.dp_cp, groups.pp):
+        dist.all_reduce(sums, group=group)
+    rows = float(sums[-1])
+    return {
+        "actor/loss": float(sums[0]) / rows,
+        "actor/ppo_kl": float(sums[1]) / rows,
+        "actor/pg_clipfrac": float(sums[2]) / rows,
+        "actor/grad_norm": max(grad_norms),
+        "actor/steps_skipped": float(num_skipped),
+        "actor/lr": session.config.train.lr,
+    }
