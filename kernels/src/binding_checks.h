@@ -61,6 +61,7 @@ inline sod::Logits logits_of(const Tensor& student, const std::optional<Tensor>&
           vocab_start,
           valid_cols,
           inv_temperature,
+          inv_temperature / sod::kLn2,
           dtype_of(student)};
 }
 

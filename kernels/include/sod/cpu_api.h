@@ -13,7 +13,7 @@ struct Logits {
   int64_t student_stride, teacher_stride;  // elements between rows
   const int64_t* targets;
   int64_t vocab_start, valid_cols;
-  double inv_temperature;
+  double inv_temperature, scale;  // scale = log2(e) / temperature
   DType dtype;
 };
 

@@ -20,7 +20,7 @@ SOD_HD Partials<T> empty_partials() {
 template <typename T>
 SOD_HD Partials<T> rescaled(const Partials<T>& x, T m, T u) {
   const T dm = x.m - m, du = x.u - u;
-  const T a = exp2(dm), b = exp2(du);
+  const T a = exp2_any(dm), b = exp2_any(du);
   return {m, a * x.Z, a * (x.A + dm * x.Z), a * (x.R + (dm - du) * x.Z),
           u, b * x.Y, b * (x.C + du * x.Y), b * (x.F + (dm - du) * x.Y)};
 }

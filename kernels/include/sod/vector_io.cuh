@@ -16,13 +16,6 @@ struct Element<double> {
   using T = double;
 };
 
-__device__ __forceinline__ float exp2_fast(float x) {
-  float y;  // 2 ulp; below 2^-126 exactly 0; NaN stays
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-__device__ __forceinline__ double exp2_fast(double x) { return exp2(x); }
-
 __device__ __forceinline__ float log2_fast(float x) { return __log2f(x); }
 __device__ __forceinline__ double log2_fast(double x) { return log2(x); }
 

@@ -13,10 +13,10 @@ __device__ __forceinline__ T log_prob(T logit, T scale, T shift, T log_sum) {
 
 template <bool kTeacher, bool kMixture, typename T>
 __device__ __forceinline__ T pair_gradient(T z, T y, T scale, const GradientRow<T>& g, T beta) {
-  const T lp = log_prob(z, scale, g.m, g.log_z), p = exp2_fast(lp);
+  const T lp = log_prob(z, scale, g.m, g.log_z), p = exp2_any(lp);
   T factor = fma(g.entropy, lp, g.alpha);
   if (!kTeacher) return p * factor;
-  const T lq = log_prob(y, scale, g.u, g.log_y), q = exp2_fast(lq);
+  const T lq = log_prob(y, scale, g.u, g.log_y), q = exp2_any(lq);
   factor = fma(g.reverse, lp - lq, factor);
   if (kMixture) factor = fma(g.mix, lp - log2_fast(mixture(p, q, beta)), factor);
   return fma(p, factor, -g.forward * q);
@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor<E>)
   using T = typename Element<E>::T;
   __shared__ GradientRow<T> shared_row;
   const Logits& in = args.logits;
-  const T scale = T(in.inv_temperature / kLn2);
+  const T scale = T(in.scale);
   for (int64_t r = blockIdx.x; r < rows; r += gridDim.x) {
     const int64_t target = in.targets[r];
     if (threadIdx.x == 0) {
@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor<E>)
 template <typename T>
 __device__ __forceinline__ void add_second(T (&sum)[4], T z, T y, T scale, const T* rows, T beta) {
   const T lp = log_prob(z, scale, rows[6], rows[7]), lq = log_prob(y, scale, rows[8], rows[9]);
-  const T p = exp2_fast(lp), q = exp2_fast(lq);
+  const T p = exp2_any(lp), q = exp2_any(lq);
   const T mix = log2_fast(mixture(p, q, beta));
   sum[0] = fma(p, lp - mix, sum[0]);
   sum[1] = fma(q, lq - mix, sum[1]);
@@ -136,7 +136,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor<E>)
   using T = typename Element<E>::T;
   __shared__ T of_warp[kWarps][4];
   const Logits& in = args.logits;
-  const T scale = T(in.inv_temperature / kLn2), beta = T(args.beta);
+  const T scale = T(in.scale), beta = T(args.beta);
   for (int64_t r = blockIdx.x; r < count; r += gridDim.x) {
     const E* z = static_cast<const E*>(in.student) + r * in.student_stride;
     const E* y = static_cast<const E*>(in.teacher) + r * in.teacher_stride;

@@ -38,12 +38,12 @@ __device__ __forceinline__ Partials<T> warp_merged(Partials<T> x) {
 template <bool kTeacher, typename T>
 __device__ __forceinline__ void add_pair(Partials<T>& sum, T z, T y, T scale) {
   const T zs = at_least(fma(z, scale, -sum.m), T(kSentinel));
-  const T ez = exp2_fast(zs);
+  const T ez = exp2_any(zs);
   sum.Z += ez;
   sum.A = fma(ez, zs, sum.A);
   if (kTeacher) {
     const T ys = at_least(fma(y, scale, -sum.u), T(kSentinel));
-    const T ey = exp2_fast(ys), gap = zs - ys;
+    const T ey = exp2_any(ys), gap = zs - ys;
     sum.R = fma(ez, gap, sum.R);
     sum.Y += ey;
     sum.C = fma(ey, ys, sum.C);
@@ -98,7 +98,7 @@ __device__ __forceinline__ Partials<typename Element<E>::T> thread_sums(
     const Raw16 yr = kTeacher ? load_readonly(y + int64_t(v) * kLanes) : zr;
     add_vector<E, kTeacher>(sum, zr, yr, scale);
   }
-  for (int64_t c = int64_t(vectors) * kLanes + threadIdx.x; c < cols; c += kThreads) {
+  for (int c = vectors * kLanes + int(threadIdx.x); c < int(cols); c += kThreads) {
     const T zc = to_number(z[c]), yc = kTeacher ? to_number(y[c]) : T(0);
     raise_max(sum, zc * scale, kTeacher ? yc * scale : T(kSentinel));
     add_pair<kTeacher>(sum, zc, yc, scale);
@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor<E>)
   using T = typename Element<E>::T;
   __shared__ Partials<T> of_warp[kWarps];
   const Logits& in = args.logits;
-  const T scale = T(in.inv_temperature / kLn2);
+  const T scale = T(in.scale);
   for (int64_t r = blockIdx.x; r < rows; r += gridDim.x) {
     const int64_t target = in.targets[r];
     const E* z = static_cast<const E*>(in.student) + r * in.student_stride;

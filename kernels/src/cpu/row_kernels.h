@@ -83,7 +83,7 @@ struct Stats {
     const E* z = static_cast<const E*>(in.student) + r * in.student_stride;
     const E* y = kTeacher ? static_cast<const E*>(in.teacher) + r * in.teacher_stride : nullptr;
     T* out = static_cast<T*>(args.partials) + r * kNumPartials;
-    const T scale = T(in.inv_temperature / kLn2);
+    const T scale = T(in.scale);
     Partials<double> total = empty_partials<double>();
     if (in.targets[r] >= 0) {
       for (int64_t c = 0; c < in.valid_cols; c += kBlock) {
@@ -167,7 +167,7 @@ struct Second {
     const E* y = static_cast<const E*>(in.teacher) + r * in.teacher_stride;
     const T* rows = static_cast<const T*>(args.rows) + r * kNumRowStats;
     T* out = static_cast<T*>(args.sums) + r * kNumSecond;
-    const T scale = T(in.inv_temperature / kLn2);
+    const T scale = T(in.scale);
     double total[4] = {0, 0, 0, 0};
     const int64_t cols = in.targets[r] >= 0 ? in.valid_cols : 0, step = 2 * Vec::kLanes;
     for (int64_t c = 0; c < cols; c += kBlock) {
@@ -238,7 +238,7 @@ struct Grad {
       for (int64_t c = 0; c < args.width; ++c) store_one(out + c, T(0));
       return;
     }
-    const T scale = T(in.inv_temperature / kLn2), beta = T(args.beta);
+    const T scale = T(in.scale), beta = T(args.beta);
     const int64_t cols = in.valid_cols, step = 2 * Vec::kLanes, pairs = cols / step;
     const int64_t ragged = cols - pairs * step, label = in.targets[r] - in.vocab_start;
     const bool mine = label >= 0 && label < cols && g.label != 0;
