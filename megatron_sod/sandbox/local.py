@@ -253,6 +253,8 @@ def _read_report(control):
     """(report or None when the supervisor died without one, fetched files)."""
     try:
         data, descriptors, _, _ = socket.recv_fds(control, 65536, 1)
+    except ConnectionResetError:  # it had ended before it read our order; the report comes second
+        data, descriptors, _, _ = socket.recv_fds(control, 65536, 1)
     except OSError:
         return None, {}
     if not data:

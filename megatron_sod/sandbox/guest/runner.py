@@ -13,6 +13,7 @@ import builtins
 import gc
 import io
 import os
+import signal
 import sys
 import threading
 import types
@@ -32,9 +33,9 @@ def standard_streams():
         raw = io.FileIO(number, "rb" if number == 0 else "wb", closefd=False)
         raw.name = f"<{name}>"
         buffered = io.BufferedReader(raw) if number == 0 else io.BufferedWriter(raw)
-        text = io.TextIOWrapper(
-            buffered, "utf-8", errors, newline="\n" if number else None, line_buffering=number == 2
-        )
+        newline = "\n" if number else None
+        # Line-buffered, as at a terminal: what was printed before a timeout is not lost.
+        text = io.TextIOWrapper(buffered, "utf-8", errors, newline, line_buffering=number > 0)
         text.mode = "r" if number == 0 else "w"
         setattr(sys, name, text)
         setattr(sys, f"__{name}__", text)
@@ -85,20 +86,28 @@ def _report(error, traceback, page):
     if isinstance(error, SystemExit):
         return _exit_code(error.code)
     sys.excepthook(type(error), error.with_traceback(traceback), traceback)
-    return 130 if isinstance(error, KeyboardInterrupt) else 1
+    return -signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
 
 
-def _finish(module, code, leave=os._exit, shutdown=threading._shutdown, at_exit=atexit):
+def _finish(
+    code,
+    leave=os._exit,
+    kill=os.kill,
+    shutdown=threading._shutdown,
+    run_at_exit=atexit._run_exitfuncs,
+    modules=sys.modules,
+    names=builtins.__dict__,
+    collect=gc.collect,
+):
     """What an interpreter does at its end (threads, atexit, __del__, flush), without tearing down
     the modules shared with the zygote; the names are bound early, for the program may delete them.
     """
     try:
         shutdown()
-        at_exit._run_exitfuncs()
-        namespace = module.__dict__
-        for name in [n for n in namespace if n != "__builtins__"]:
-            namespace[name] = None
-        gc.collect()
+        run_at_exit()
+        modules.pop("__main__", None)  # the last reference: what only the program held goes now
+        names.pop("_", None)
+        collect()
     except BaseException:
         pass
     for stream in (sys.stdout, sys.stderr):
@@ -107,6 +116,9 @@ def _finish(module, code, leave=os._exit, shutdown=threading._shutdown, at_exit=
                 stream.flush()
         except BaseException:
             code = code or 120  # what CPython returns when the last flush fails
+    if code == -signal.SIGINT:  # CPython ends an uncaught KeyboardInterrupt by the signal itself
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        kill(os.getpid(), signal.SIGINT)
     leave(code)
 
 
@@ -119,7 +131,7 @@ def run_program(source, echo, page, started_fd):
         page: writable buffer shared with the supervisor; see MEMORY_ERROR.
         started_fd: gets one byte and is closed just before the program's first line.
     """
-    module = _main_module()
+    namespace = _main_module().__dict__
     sys.argv[:] = [FILE_NAME]
     if "" not in sys.path:
         sys.path.append("")  # a module the program wrote can be imported, never shadow a library
@@ -133,7 +145,7 @@ def run_program(source, echo, page, started_fd):
         codes = []
     try:
         for compiled in codes:
-            exec(compiled, module.__dict__)
+            exec(compiled, namespace)
     except BaseException as error:
         traceback = error.__traceback__
         try:
@@ -141,13 +153,15 @@ def run_program(source, echo, page, started_fd):
         except BaseException:
             code = 1
         del error, traceback
-    _finish(module, code)
+    del namespace, codes
+    _finish(code)
 
 
 def cold_main():
     """Entry of a fresh interpreter: descriptors 3 = source, 4 = started pipe, 5 = status page."""
     import mmap
 
+    standard_streams()
     page = mmap.mmap(5, 4096)
     os.close(5)
     with open(3, "rb") as file:

@@ -50,6 +50,7 @@ class Call:
 def supervise(call, config, slot):
     """Runs the call to its end and leaves this process. Never returns."""
     scratch = None
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         _keep_only(call, config)
         uses_namespaces = config["level"] == "L3"
@@ -239,7 +240,8 @@ def _wait(call, config, scratch, program):
     for descriptor in (wake_read, wake_write):
         os.set_blocking(descriptor, False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
-    signal.signal(signal.SIGTERM, lambda *_: None)
+    # In a pid namespace the program could send it, and only SIGKILL comes from outside.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN if config["level"] == "L3" else lambda *_: None)
     signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
     poller = select.poll()
     poller.register(wake_read, select.POLLIN)
@@ -254,6 +256,7 @@ def _wait(call, config, scratch, program):
             return status, None
         events = dict(poller.poll(_WATCH_S * 1000))
         if call.control.fileno() in events:
+            call.control.recv(64)  # left unread it would reset the connection under the report
             return status, None if status is not None else "asked"
         if wake_read in events and bytes([signal.SIGTERM]) in os.read(wake_read, 4096):
             return status, "asked"  # the zygote died
