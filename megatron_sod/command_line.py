@@ -6,12 +6,15 @@ import argparse
 import importlib
 import os
 import sys
+import time
 from collections.abc import Callable
 
 from pydantic import BaseModel
 
 from megatron_sod.config.load import to_yaml
-from megatron_sod.errors import SodError
+from megatron_sod.errors import PeerFailed, SodError
+
+_PATIENCE_S = 60.0
 
 
 def run_training(doc: str | None, load: Callable[..., BaseModel], entry: str) -> None:
@@ -44,6 +47,8 @@ class user_errors:
         if not isinstance(error, SodError):
             return
         rank = os.environ.get("RANK", "0")
+        if isinstance(error, PeerFailed):  # torchrun ends us once rank 0 has said what happened
+            time.sleep(_PATIENCE_S)
         prefix = "error" if rank == "0" else f"error (rank {rank})"
         print(f"{prefix}: {error}", file=sys.stderr, flush=True)
         sys.stdout.flush()

@@ -36,3 +36,7 @@ class SandboxError(SodError, RuntimeError):
 
 class OpError(SodError, RuntimeError):
     """The vocab-parallel op was called with tensors it cannot serve."""
+
+
+class PeerFailed(SodError):
+    """Rank 0 failed while this rank waited; rank 0's own message says why."""

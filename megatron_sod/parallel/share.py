@@ -8,21 +8,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from datetime import timedelta
 from typing import TypeVar
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
-from megatron_sod.errors import SodError
+from megatron_sod.errors import PeerFailed
 
 Result = TypeVar("Result")
-_POLL_S = 2.0
+_POLL_S = 0.05
 _calls = 0
-
-
-class PeerFailed(SodError):
-    """Rank 0 failed; its own message says why."""
 
 
 def from_rank0(work: Callable[[], Result], *, timeout_s: float) -> Result:
@@ -51,16 +46,13 @@ def from_rank0(work: Callable[[], Result], *, timeout_s: float) -> Result:
 
 def _wait(store, key: str, timeout_s: float) -> None:
     deadline = time.monotonic() + timeout_s
-    while True:
-        try:
-            store.wait([key], timedelta(seconds=_POLL_S))
-            break
-        except dist.DistStoreError:  # this poll's time is up
-            if time.monotonic() > deadline:
-                raise PeerFailed(
-                    f"rank 0 did not finish within {timeout_s:.0f} s; raise rollout.timeout_s if "
-                    "rollouts are that long"
-                ) from None
+    while not store.check([key]):
+        if time.monotonic() > deadline:
+            raise PeerFailed(
+                f"rank 0 did not finish within {timeout_s:.0f} s; raise rollout.timeout_s if "
+                "rollouts are that long"
+            )
+        time.sleep(_POLL_S)
     status = store.get(key).decode()
     if status != "ok":
         raise PeerFailed(f"rank 0 failed: {status}")

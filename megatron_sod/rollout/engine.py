@@ -51,6 +51,10 @@ class Engine:
             load_format=options["load_format"],
             gpu_memory_utilization=options["gpu_memory_utilization"],
             enforce_eager=not on_gpu,
+            # Seeded requests rewind their generator after a partial prefill, which CPU generators
+            # cannot do: prompts are prefilled whole there.
+            enable_chunked_prefill=on_gpu,
+            max_num_batched_tokens=None if on_gpu else max(8192, options["max_model_len"]),
             logprobs_mode="processed_logprobs",  # after temperature: what was sampled from
             weight_transfer_config=WeightTransferConfig(backend="megatron_sod"),
             generation_config="vllm",  # nothing from the model's own generation_config.json
@@ -68,6 +72,7 @@ class Engine:
     async def generate(self, token_ids: list[int], sampling: Sampling) -> SampledTurn:
         """Sample one turn; ends at a stop token (kept) or at max_tokens."""
         from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
 
         params = SamplingParams(
             temperature=sampling.temperature,
@@ -77,6 +82,7 @@ class Engine:
             seed=sampling.seed,
             logprobs=0,
             detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
         )
         version = self._policy_version
         output = (await self._final(token_ids, params)).outputs[0]

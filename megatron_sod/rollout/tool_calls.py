@@ -7,6 +7,7 @@ first `</tool_call>`, which a code string may contain.
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,10 +43,10 @@ class ToolCallParser:
         if self._start is None:  # families whose tokenizer spells the tag in several tokens
             return self._tokenizer.decode(token_ids).split("<tool_call>")[1:]
         starts = [i for i, token in enumerate(token_ids) if token == self._start]
-        ends = [*starts[1:], len(token_ids)]
+        bounds = [*starts, len(token_ids)]
         return [
             self._tokenizer.decode(token_ids[start + 1 : end])
-            for start, end in zip(starts, ends, strict=True)
+            for start, end in itertools.pairwise(bounds)
         ]
 
 
