@@ -6,6 +6,7 @@ from .observation import render_observation
 
 OUTCOMES = ("ok", "user_error", "timeout", "memory", "output_limit", "infra_error", "rejected")
 # How the run ended: by itself, stopped by us, or never started.
+_OWN_FAULTS = {"scratch": "too many files or bytes on disk", "processes": "too many processes"}
 FINISHED, STOPPED, NOT_RUN = "finished", "stopped", "not_run"
 
 
@@ -64,8 +65,8 @@ def classify(report, stop_reason):
         return STOPPED, stop_reason, None, stop_reason
     if report["stopped"] == "memory":
         return STOPPED, "memory", None, "the processes together passed the memory limit"
-    if report["stopped"] == "scratch":
-        return STOPPED, "user_error", None, "the scratch directory passed its limit"
+    if report["stopped"] in _OWN_FAULTS:
+        return STOPPED, "user_error", None, _OWN_FAULTS[report["stopped"]]
     code = report["exit"]
     if code == 1 and report["memory"]:
         return FINISHED, "memory", code, ""

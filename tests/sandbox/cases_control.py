@@ -5,16 +5,16 @@ from .cases import ENDED, LIBC, TIMED_OUT, Case, _denied
 PROCESSES = [
     Case(
         "child_outlives",
-        "import subprocess,sys; subprocess.Popen([sys.executable,'-c','import time;time.sleep(60)'])"
+        "import subprocess as s,sys; s.Popen([sys.executable,'-c','import time;time.sleep(60)'])"
         "; print('done',flush=True)",
-        "S=='ok' and 'done' in O and T<1.9",
+        "S=='ok' and 'done' in O and T<LIMIT-.1",
     ),
     Case(
         "setsid_daemon",
         "import os,time\nif os.fork()==0:\n  os.setsid()\n  if os.fork()==0:\n"
         "    for f in (0,1,2): os.close(f)\n    time.sleep(60)\n  os._exit(0)\n"
         "print('done',flush=True)",
-        "S=='ok' and 'done' in O and T<1.9",
+        "S=='ok' and 'done' in O and T<LIMIT-.1",
     ),
     Case(
         "child_finishes_output",
@@ -32,10 +32,14 @@ PROCESSES = [
     ),
     Case("stop_self", "import os,signal; os.kill(os.getpid(),signal.SIGSTOP)", TIMED_OUT),
     Case(
-        "exec_replace", "import os; os.execv('/bin/sh',['sh','-c','echo hi; exit 3'])", "R==3 and 'hi' in O"
+        "exec_replace",
+        "import os; os.execv('/bin/sh',['sh','-c','echo hi; exit 3'])",
+        "R==3 and 'hi' in O",
     ),
     Case("os_exit_code", "import os; os._exit(77)", "R==77 and S=='user_error'"),
-    Case("exit_0_early", "import os; print('kept'); os._exit(0)", "R==0 and S=='ok' and O=='kept\\n'"),
+    Case(
+        "exit_0_early", "import os; print('kept'); os._exit(0)", "R==0 and S=='ok' and O=='kept\\n'"
+    ),
     Case("sys_exit_str", "import sys; sys.exit('bye')", "R==1 and E=='bye\\n'"),
     Case("sys_exit_none", "import sys; sys.exit()", "R==0 and S=='ok'"),
     Case("sys_exit_300", "import sys; sys.exit(300)", "R==44"),
@@ -121,7 +125,9 @@ FILES = [
     _denied("list_home", "os.listdir('/home')", levels=("L3", "L2")),
     _denied("write_library", "open(os.__file__,'a')"),
     _denied("symlink_escape", "os.symlink('/etc','l'); open('l/x','w')"),
-    Case("symlink_output", "import os; os.symlink('@HOSTFILE@','out.txt'); print('ok')", "O=='ok\\n'"),
+    Case(
+        "symlink_output", "import os; os.symlink('@HOSTFILE@','out.txt'); print('ok')", "O=='ok\\n'"
+    ),
     _denied("dotdot", "open('../'*9+'tmp/sbx_probe','w')", levels=("L3", "L2")),
     Case(
         "inherited_fds",
@@ -134,7 +140,11 @@ FILES = [
     _denied("mknod", "os.mknod('d',0o60666,os.makedev(7,0))"),
     _denied("raise_hostname", "open('/proc/sys/kernel/hostname','w').write('x')"),
     _denied("kmsg", "open('/dev/kmsg')"),
-    Case("mount", LIBC + "print(l.mount(b'x',b'/tmp',b'tmpfs',0,None),ctypes.get_errno())", "O=='-1 1\\n'"),
+    Case(
+        "mount",
+        LIBC + "print(l.mount(b'x',b'/tmp',b'tmpfs',0,None),ctypes.get_errno())",
+        "O=='-1 1\\n'",
+    ),
     Case("userns_nested", LIBC + "print(l.unshare(0x10000000),ctypes.get_errno())", "O=='-1 1\\n'"),
     Case(
         "clone_namespace",

@@ -3,26 +3,27 @@
     SECRET_TOKEN=<mark> python -m tests.sandbox.harness --level L2 --uid 65534 --python PATH
 
 One process per (level, user): the secret must be in the environment before exec, and a program
-that gets out must hit this process and not the test runner.
+that gets out must hit this process and not the test runner. Prints {"results": {name: result},
+"end": {"untouched", "survivors", "still"}, "shared"}.
 """
 
 import argparse
-import concurrent.futures
 import dataclasses
 import json
 import os
 import socket
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 
 from megatron_sod.sandbox import Limits, open_sandbox
-from megatron_sod.sandbox.guest import linux
+from megatron_sod.sandbox.guest import linux, processes
 
 from . import cases, cases_control, cases_python
 
 MARK = "mark-9431-of-the-host"
 LIMITS = Limits(
-    timeout_s=1.5,
+    timeout_s=2.0,
     memory_mb=256,
     num_processes=16,
     file_bytes=8 << 20,
@@ -40,6 +41,9 @@ TABLES = {
     "interpreter": cases_python.INTERPRETER,
     "ordinary": cases_python.ORDINARY,
 }
+BUSY = """fork_bomb mem_bomb mem_bomb_caught mem_fork_mult mem_mmap_shared busy_loop c_level_hang
+bignum_hang disk_fill_many inode_fill infinite_output infinite_stderr kill_minus1 gc_del_bomb
+recursion_limit_raised compile_bomb parser_bomb""".split()
 ALL = {case.name: case for table in TABLES.values() for case in table}
 assert len(ALL) == sum(map(len, TABLES.values())), "two cases share a name"
 
@@ -114,20 +118,30 @@ class Host:
             return file.read() == "precious" and status.st_mode & 0o777 == 0o644
 
 
-def survivors():
-    """Command lines of the processes below this one, and of any that carries the guest's mark."""
-    found = []
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            with open(f"/proc/{pid}/environ", "rb") as file:
-                is_guest = b"HOME=/sandbox" in file.read()
-            with open(f"/proc/{pid}/status") as file:
-                is_child = f"PPid:\t{os.getpid()}\n" in file.read()
-        except OSError:
-            continue
-        if is_guest or is_child:
-            found.append(pid)
-    return found
+def run_table(sandbox, host, names, level, is_shared):
+    """{name: result as a dict}. The busy programs run two at a time, the waiting ones eight.
+
+    A program that should have ended in time but was starved by its neighbours runs once more,
+    alone; nothing but a timeout is ever tried again.
+    """
+    seen = {}
+
+    def run(name):
+        case = ALL[name]
+        return dataclasses.asdict(sandbox.run(host.fill(case.code), case.stdin))
+
+    busy = [name for name in names if name in BUSY]
+    waiting = [name for name in names if name not in BUSY]
+    results = {}
+    with ThreadPoolExecutor(2) as few, ThreadPoolExecutor(8) as many:
+        pending = [(few.map(run, busy), busy), (many.map(run, waiting), waiting)]
+        for answers, group in pending:
+            results.update(zip(group, answers, strict=True))
+    for name, result in list(results.items()):
+        starved = result["outcome"] == "timeout" and level in ALL[name].levels
+        if starved and not ALL[name].holds(result, level, is_shared, seen):
+            results[name] = run(name)
+    return results
 
 
 def main():
@@ -137,6 +151,7 @@ def main():
     parser.add_argument("--warm", type=int, default=1)
     parser.add_argument("--names", nargs="*")
     options = parser.parse_args()
+    linux.become_subreaper()  # whatever outlives its call or its sandbox shows up below us
     if os.getuid() == 0 and (options.uid is not None or options.level != "L3"):
         open_the_way([sys.base_prefix, sys.prefix, os.getcwd()])
     if options.uid is not None:
@@ -144,26 +159,17 @@ def main():
         os.setresgid(options.uid, options.uid, options.uid)
         os.setresuid(options.uid, options.uid, options.uid)
         linux.set_dumpable(True)
-    before = set(survivors())
     host = Host()
-    names = options.names or list(ALL)
-    with open_sandbox(
-        level=options.level, limits=LIMITS, timeout_s=1.5, memory_mb=256, warm=bool(options.warm)
-    ) as sandbox:
-
-        def run(name):
-            case = ALL[name]
-            limits = dataclasses.replace(LIMITS)
-            return sandbox.run(host.fill(case.code), case.stdin, limits=limits)
-
-        with concurrent.futures.ThreadPoolExecutor(4) as pool:
-            results = dict(zip(names, pool.map(run, names), strict=True))
+    is_shared = os.getuid() != 0 and options.level != "L3"
+    arguments = {"limits": LIMITS, "timeout_s": LIMITS.timeout_s, "memory_mb": LIMITS.memory_mb}
+    with open_sandbox(options.level, warm=bool(options.warm), **arguments) as sandbox:
+        names = options.names or list(ALL)
+        results = run_table(sandbox, host, names, options.level, is_shared)
         still = sandbox.run("print('served')").stdout
-    answer = {name: dataclasses.asdict(result) for name, result in results.items()}
-    left = sorted(set(survivors()) - before)
+    left = processes.descendants(os.getpid())
     end = {"untouched": host.is_untouched(), "survivors": left, "still": still}
     # A result may hold a lone surrogate or NUL: ASCII with escapes carries anything.
-    print(json.dumps({"results": answer, "end": end}))
+    print(json.dumps({"results": results, "end": end, "shared": is_shared}))
 
 
 if __name__ == "__main__":

@@ -78,16 +78,21 @@ def enter_guest(config, slot, scratch):
 
 
 def remove_scratch(scratch):
-    """Deletes what the program left, without following its links (the tree is dead by now)."""
-    import shutil
-
-    def open_up(function, path, _error):
-        os.chmod(os.path.dirname(path), 0o700)
-        if not os.path.islink(path):
-            os.chmod(path, 0o700)
-        if os.path.isdir(path) and not os.path.islink(path):
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            os.unlink(path)
-
-    shutil.rmtree(scratch, onerror=open_up)
+    """Deletes what the program left; its processes are dead. Follows no link and needs no
+    recursion: subdirectories are moved up to the top, so any depth is emptied level by level."""
+    number = 0
+    folders = [scratch]
+    while folders:
+        folder = folders.pop()
+        os.chmod(folder, 0o700)
+        with os.scandir(folder) as entries:
+            for entry in list(entries):
+                if entry.is_dir(follow_symlinks=False):
+                    os.chmod(entry.path, 0o700)
+                    number += 1
+                    target = f"{scratch}.{number}"
+                    os.rename(entry.path, target)
+                    folders.append(target)
+                else:
+                    os.unlink(entry.path)
+        os.rmdir(folder)

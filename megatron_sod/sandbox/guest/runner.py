@@ -160,9 +160,15 @@ def run_program(source, echo, page, started_fd):
 def cold_main():
     """Entry of a fresh interpreter: descriptors 3 = source, 4 = started pipe, 5 = status page."""
     import mmap
+    import resource
 
+    hard = resource.getrlimit(resource.RLIMIT_STACK)[1]
+    resource.setrlimit(resource.RLIMIT_STACK, (hard, hard))
     standard_streams()
+    duplicate = os.dup(5)  # the lowest free number: mmap takes it next, for a copy it keeps open
+    os.close(duplicate)
     page = mmap.mmap(5, 4096)
+    os.close(duplicate)
     os.close(5)
     with open(3, "rb") as file:
         source = file.read()

@@ -2,9 +2,10 @@
 
 The supervisor holds one end of the call's control socket. A message or the end of file there means
 "stop now"; its own report is one JSON object, with a descriptor of the fetched files if any:
-    {"exit": code, "memory": bool, "stopped": null|"asked"|"memory"|"scratch", "clean": bool}
+    {"exit": code, "memory": bool, "stopped": reason or null, "clean": bool}
     {"infra": "what could not be done"}
-A negative exit code is the signal that ended the program.
+A negative exit code is the signal that ended the program; the reasons are "asked", "memory",
+"scratch" and "processes".
 """
 
 import json
@@ -198,6 +199,11 @@ def _set_limits(limits, config):
         if hard != resource.RLIM_INFINITY:
             value = min(value, hard)
         resource.setrlimit(kind, (value, value))
+    if not config["warm"]:
+        # libc gives every thread of a fresh interpreter a stack of this size; the runner raises it
+        # for the main thread again.
+        hard = resource.getrlimit(resource.RLIMIT_STACK)[1]
+        resource.setrlimit(resource.RLIMIT_STACK, (min(8 << 20, hard), hard))
 
 
 def _tasks_of_user():
@@ -268,12 +274,15 @@ def _wait(call, config, scratch, program):
 
 
 def _over_limits(limits, config, scratch):
-    """ "memory" or "scratch" when the call as a whole exceeds its share, else None."""
+    """ "memory", "processes" or "scratch" when the call as a whole exceeds its share, else None."""
     pids = processes.descendants(os.getpid())
     # One process alone is held by RLIMIT_AS already.
     if len(pids) > 1 and processes.tree_exceeds(pids, limits["memory_bytes"]):
         return "memory"
     if config["level"] != "L3":
+        # RLIMIT_NPROC counts the whole user there, other calls included.
+        if len(pids) > limits["num_processes"]:
+            return "processes"
         num_files, num_bytes = files.usage(scratch, limits["scratch_files"])
         if num_files > limits["scratch_files"] or num_bytes > limits["scratch_bytes"]:
             return "scratch"
