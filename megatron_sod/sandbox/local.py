@@ -12,6 +12,7 @@ from megatron_sod.errors import SandboxError
 
 from . import result as results
 from .capture import Stream
+from .source import check_files, check_name, source_bytes
 from .zygote import Zygote, memory_file
 
 _STOP_PATIENCE_S = 8.0  # how long a stopped call may take to be gone before the guest is replaced
@@ -51,13 +52,14 @@ class LocalSandbox:
         """{level, mechanisms, limits, why higher levels were passed over}, for logs and metrics."""
         return dict(self._description)
 
-    def run(self, code, stdin=None, *, limits=None, files=None, fetch=(), cancel=None):
+    def run(self, code, stdin=None, *, limits=None, files=None, fetch=(), cancel=None, echo=None):
         """Runs one program in a place of its own, of which nothing survives.
 
         Args:
             code: the program, str. stdin: str or bytes; None or empty = end of file at once.
             limits: Limits for this run only. files: {relative path: bytes} put there before.
             fetch: relative paths read back after. cancel: threading.Event that stops the run.
+            echo: print the value of a last expression; default: as the sandbox was opened.
         Returns:
             SandboxResult. Never raises for what the program does, nor when the sandbox fails
             (outcome "infra_error").
@@ -65,10 +67,12 @@ class LocalSandbox:
             TypeError, ValueError: code or stdin is not text, or a file name leaves the scratch.
         """
         limits = limits or self.limits
-        source, reason = _source_bytes(code)
+        source, reason = source_bytes(code)
         if reason is not None:
             return results.rejected(reason)
-        payload = _payload(source, limits, self._echo, _checked_files(files), fetch)
+        echo = self._echo if echo is None else echo
+        fetch = [check_name(name) for name in fetch]
+        payload = _payload(source, limits, echo, check_files(files), fetch)
         stdin = stdin.encode("utf-8", "surrogateescape") if isinstance(stdin, str) else stdin
         slot = self._slots.get()
         try:
@@ -98,35 +102,13 @@ class LocalSandbox:
             self._zygote = fresh
 
 
-def _source_bytes(code):
-    if not isinstance(code, str):
-        raise TypeError(f"code must be str, got {type(code).__name__}")
-    if "\0" in code:  # CPython before 3.12 silently runs what precedes it
-        return None, "source code cannot contain null bytes"
-    try:
-        return code.encode("utf-8"), None
-    except UnicodeEncodeError:
-        return None, "source code cannot contain surrogates"
-
-
-def _checked_files(files):
-    """[(name, bytes)]; every name stays below the scratch directory."""
-    checked = []
-    for name, content in (files or {}).items():
-        parts = name.split("/") if isinstance(name, str) else []
-        if not parts or any(p in ("", ".", "..") or "\0" in p or len(p) > 255 for p in parts):
-            raise ValueError(f"file name {name!r} must be a relative path without '.' or '..'")
-        checked.append((name, bytes(content)))
-    return checked
-
-
 def _payload(source, limits, echo, files, fetch):
     header = {
         "source_bytes": len(source),
         "files": [(name, len(content)) for name, content in files],
         "limits": limits.for_guest(),
         "echo": echo,
-        "fetch": list(fetch),
+        "fetch": fetch,
     }
     return b"".join([json.dumps(header).encode(), b"\n", source, *(c for _, c in files)])
 

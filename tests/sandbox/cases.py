@@ -3,7 +3,8 @@
 A check reads R (return code), S (outcome), O and E (stdout, stderr), NO and NE (bytes written),
 T (seconds), D (detail), LEVEL, LIMIT (seconds), SHARED (whether the guest has the user of other
 processes, which RLIMIT_NPROC counts too). Limits of the runs: harness.LIMITS. @PORT@, @UNIX@,
-@HOSTFILE@ and @MARK@ are filled in by the harness: a listening TCP service, a UNIX socket, a file and a secret of the host.
+@HOSTFILE@ and @MARK@ are filled in by the harness: a TCP service, a UNIX socket, a file and a
+secret of the host.
 """
 
 import dataclasses
