@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -69,8 +69,20 @@ def _check_shape(tensors: HfTensors, segment: Segment, shapes, model_dir) -> Non
         )
 
 
+ValueOf = Callable[[torch.nn.Parameter], torch.Tensor]
+
+
+def _weight(parameter: torch.nn.Parameter) -> torch.Tensor:
+    return parameter
+
+
+def main_grad(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """The accumulated gradient, for `gather_hf_tensors(..., value_of=main_grad)`."""
+    return parameter.main_grad
+
+
 def owned_segments(
-    model: HiddenStateGPT, geometry: Geometry
+    model: HiddenStateGPT, geometry: Geometry, value_of: ValueOf = _weight
 ) -> Iterator[tuple[Segment, torch.Tensor]]:
     """(segment, view of the local parameter) this rank is the one owner of, in model order.
 
@@ -89,19 +101,19 @@ def owned_segments(
         if replicated and tp.rank() != 0:
             continue
         for segment in segments:
-            view = parameter.detach().narrow(segment.dim, segment.local_start, segment.length)
+            view = value_of(parameter).detach().narrow(segment.dim, segment.local_start, segment.length)
             yield segment, view
 
 
 def gather_hf_tensors(
-    model: HiddenStateGPT, geometry: Geometry
+    model: HiddenStateGPT, geometry: Geometry, value_of: ValueOf = _weight
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every HF tensor, assembled on global rank 0, one at a time; nothing on other ranks.
+    """Every HF tensor (or the gradient in its shape), assembled on global rank 0, one at a time; nothing on other ranks.
 
     A collective: all ranks must iterate to the end.
     """
     mine: dict[str, list[tuple[Segment, torch.Tensor]]] = {}
-    for segment, view in owned_segments(model, geometry):
+    for segment, view in owned_segments(model, geometry, value_of):
         mine.setdefault(segment.hf_name, []).append((segment, view))
     owners: list[dict[str, list[Segment]]] = [{}] * dist.get_world_size()
     dist.all_gather_object(owners, {name: [s for s, _ in pairs] for name, pairs in mine.items()})
