@@ -128,6 +128,8 @@ def start_ray() -> None:
     """Join RAY_ADDRESS when it is set, else start a local instance; a second call does nothing."""
     if ray.is_initialized():
         return
+    # Ray lowers its workers' priority by default; engines would starve beside anything else.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     with _without_torchrun_variables():
         ray.init(
             address=os.environ.get("RAY_ADDRESS"),

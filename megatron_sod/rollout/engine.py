@@ -18,6 +18,8 @@ def engine_environment(kv_cache_gb: float) -> dict[str, str]:
     return {
         "OMP_NUM_THREADS": os.environ.get("SOD_ENGINE_THREADS", "1"),
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        # On CPU: keeps the worker inside the engine core's process at tensor_parallel_size 1.
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_CPU_KVCACHE_SPACE": str(max(1, round(kv_cache_gb))),
         "VLLM_LOGGING_LEVEL": os.environ.get("SOD_ENGINE_LOG_LEVEL", "WARNING"),
         "VLLM_NO_USAGE_STATS": "1",
