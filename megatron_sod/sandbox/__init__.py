@@ -12,6 +12,7 @@ from .limits import Limits
 from .local import LocalSandbox
 from .observation import render_observation
 from .result import OUTCOMES, SandboxResult
+from .selfcheck import selfcheck
 
 __all__ = [
     "LEVELS",
@@ -21,4 +22,5 @@ __all__ = [
     "SandboxResult",
     "open_sandbox",
     "render_observation",
+    "selfcheck",
 ]

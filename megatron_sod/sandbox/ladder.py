@@ -21,7 +21,12 @@ _MECHANISMS = {
 # Each line must hold at every level above L0; the program ends with exit code 3 at the first
 # that does not.
 _CANARY = """
-import os, socket, sys
+import os, sys
+try:
+    import colorsys, socket, subprocess  # the libraries can be read
+    subprocess.run([sys.executable, "-S", "-c", ""], check=True)
+except (ImportError, OSError):
+    sys.exit(4)
 def refused(call, *arguments):
     try:
         call(*arguments)
@@ -36,6 +41,7 @@ refused(os.setuid, 0)
 open("f", "w").write("x")
 print(open("f").read())
 """
+_UNREADABLE = 4
 
 
 def open_sandbox(
@@ -121,10 +127,13 @@ def _config(level, python, warm, preload):
     if level != "L0":
         keeps_uid = not is_root and level != "L3"
         try:
-            program, _ = seccomp.build_filter(keeps_uid, keeps_uid and abi < 6)
+            program, assembler = seccomp.build_filter(keeps_uid, keeps_uid and abi < 6)
         except OSError as error:
             raise SandboxError(str(error)) from None
         config["seccomp"] = program.hex()
+        config["own_pid_marker"] = seccomp.own_pid_marker().hex()
+        config["mechanisms"] += f", filter by {assembler}"
+        config["mechanisms"] += ", a user of its own" if config["drops_uid"] else ""
     return config
 
 
@@ -139,5 +148,10 @@ def _try_canary(sandbox):
     result = sandbox.run(_CANARY)
     if result.outcome == "ok" and result.stdout == "x\n":
         return None
+    if result.return_code == _UNREADABLE:
+        return (
+            "the guest's user cannot read or start the interpreter; install Python outside a "
+            "private directory such as /root, or name another one with python="
+        )
     text = result.detail or result.stderr.strip()[-300:]
     return f"the trial program ended with {result.outcome}, exit code {result.return_code} ({text})"

@@ -6,7 +6,6 @@ assembler for x86_64 and aarch64 does. The same rules feed both, and a test runs
 """
 
 import errno
-import os
 import platform
 import struct
 import tempfile
@@ -75,7 +74,7 @@ def build_filter(keep_metadata=False, only_signal_self=False, use_library=True):
     Args:
         keep_metadata: refuse chmod, chown, utime and xattr calls (the guest has the host's uid).
         only_signal_self: refuse signals to other processes (nothing else contains them); the
-            pid is put in by `with_own_pid`.
+            program puts its pid in place of `own_pid_marker`.
         use_library: False skips libseccomp.
     Raises:
         OSError: no libseccomp, and an architecture the built-in assembler does not know.
@@ -160,12 +159,3 @@ def assemble(rules, machine=None):
 def own_pid_marker():
     """The bytes that stand for the program's pid in a filter built with only_signal_self."""
     return struct.pack("=I", _SELF)
-
-
-def library_is_present():
-    """Whether libseccomp can be used from this interpreter."""
-    try:
-        import pyseccomp  # noqa: F401
-    except (ImportError, OSError, RuntimeError):
-        return False
-    return os.name == "posix"

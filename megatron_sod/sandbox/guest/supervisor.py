@@ -15,6 +15,7 @@ import resource
 import select
 import signal
 import socket
+import struct
 import sys
 import time
 
@@ -131,7 +132,7 @@ def _become_program(call, config, slot, scratch, page, pipe):
         source_fd = _source_file(call)
         if config["seccomp"]:
             linux.no_new_privileges()
-            linux.install_seccomp(bytes.fromhex(config["seccomp"]))
+            linux.install_seccomp(_own_filter(config))
         if config["warm"]:
             _run_warm(call, page, pipe[1])
         _run_cold(call, config, page, pipe[1], source_fd)
@@ -139,6 +140,12 @@ def _become_program(call, config, slot, scratch, page, pipe):
         os.write(pipe[1], f"E{type(error).__name__}: {error}"[:500].encode())
     finally:
         os._exit(125)
+
+
+def _own_filter(config):
+    """The filter with this process's pid put in where it lets signals reach only itself."""
+    marker = bytes.fromhex(config["own_pid_marker"])
+    return bytes.fromhex(config["seccomp"]).replace(marker, struct.pack("=I", os.getpid()))
 
 
 def _run_warm(call, page, started_fd):

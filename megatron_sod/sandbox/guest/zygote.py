@@ -75,11 +75,11 @@ def _serve(server, owner, config):
         ended, _ = processes.reap()
         children -= set(ended)
         if owner in events:
-            return _end(children)
+            return _end(children, config["level"])
         if server.fileno() in events:
             request = _receive(server)
             if request is None:
-                return _end(children)
+                return _end(children, config["level"])
             pid = _start(*request, server, owner, config)
             if pid:
                 children.add(pid)
@@ -107,8 +107,11 @@ def _start(slot, descriptors, server, owner, config):
     return pid
 
 
-def _end(children, patience_s=8.0):
-    """The owner is gone, so every supervisor sees its control socket close and ends its tree."""
+def _end(children, level, patience_s=8.0):
+    """The owner is gone or closes: every call ends now. The init of a namespace takes all of it
+    along; another supervisor ends its tree when asked to."""
+    for pid in children:
+        os.kill(pid, signal.SIGKILL if level == "L3" else signal.SIGTERM)
     deadline = time.monotonic() + patience_s
     while children and time.monotonic() < deadline:
         ended, _ = processes.reap()
