@@ -68,3 +68,13 @@ def readable_paths(python):
     linked = tuple(link + "/" for link, _ in links)
     kept = (p for p in paths if p != "/" and os.path.exists(p) and not p.startswith(linked))
     return {path: os.path.realpath(path) for path in kept}, links
+
+
+def is_closed(paths):
+    """Whether a directory above one of the paths may not be entered by every user."""
+    for path in paths:
+        while path != "/":
+            path = os.path.dirname(path)
+            if not os.stat(path).st_mode & 0o001:
+                return True
+    return False

@@ -10,6 +10,7 @@ from . import guest, interpreter, seccomp
 from .guest import linux
 from .limits import Limits, default_concurrency
 from .local import LocalSandbox
+from .zygote import FIRST_UID, LAST_UID
 
 LEVELS = ("L3", "L2", "L1", "L0")
 _MECHANISMS = {
@@ -23,7 +24,7 @@ _MECHANISMS = {
 _CANARY = """
 import os, sys
 try:
-    import colorsys, socket, subprocess  # the libraries can be read
+    import colorsys, resource, socket, subprocess  # the libraries can be read
     subprocess.run([sys.executable, "-S", "-c", ""], check=True)
 except (ImportError, OSError):
     sys.exit(4)
@@ -32,12 +33,18 @@ def refused(call, *arguments):
         call(*arguments)
     except OSError:
         return
-    sys.exit(3)
+    print(f"{call.__name__}{arguments} was allowed", file=sys.stderr, flush=True)
+    os._exit(3)
+def fork():  # a uid that the kernel takes for the real root is bounded by no process limit
+    if os.fork() == 0:
+        os._exit(0)
 refused(socket.socket)
 if os.getppid() != 1:  # else the parent is the init of a namespace of its own
     refused(os.kill, os.getppid(), 0)
 refused(open, "/etc/shadow")
 refused(os.setuid, 0)
+resource.setrlimit(resource.RLIMIT_NPROC, (1, 1))
+refused(fork)
 open("f", "w").write("x")
 print(open("f").read())
 """
@@ -101,7 +108,7 @@ def open_sandbox(
 
 def _config(level, python, warm, preload):
     """What the guest process is told. Raises SandboxError where the level cannot be."""
-    is_root = os.getuid() == 0
+    is_root = _can_drop_uid()
     abi = linux.landlock_abi()
     contains_signals = is_root or level == "L3" or abi >= 6
     if level == "L2" and (abi < 1 or not contains_signals):
@@ -115,6 +122,7 @@ def _config(level, python, warm, preload):
         "level": level,
         "drops_uid": is_root and level != "L0",
         "landlock": level == "L2" or (level == "L1" and not is_root),
+        "kept_capability": None,
         "binds": binds,
         "links": links,
         "python": interpreter.interpreter_command(python),
@@ -126,8 +134,11 @@ def _config(level, python, warm, preload):
     }
     if level != "L0":
         keeps_uid = not is_root and level != "L3"
+        if is_root and level == "L2" and interpreter.is_closed(binds.values()):
+            config["kept_capability"] = _key_to_closed_folders(abi)
+        has_key = config["kept_capability"] is not None
         try:
-            program, assembler = seccomp.build_filter(keeps_uid, keeps_uid and abi < 6)
+            program, assembler = seccomp.build_filter(keeps_uid or has_key, keeps_uid and abi < 6)
         except OSError as error:
             raise SandboxError(str(error)) from None
         config["seccomp"] = program.hex()
@@ -135,6 +146,30 @@ def _config(level, python, warm, preload):
         config["mechanisms"] += f", filter by {assembler}"
         config["mechanisms"] += ", a user of its own" if config["drops_uid"] else ""
     return config
+
+
+def _can_drop_uid():
+    """Root, in a user namespace (or none) where the guests' ids exist."""
+    if os.getuid() != 0:
+        return False
+    with open("/proc/self/uid_map") as file:
+        ranges = [tuple(map(int, line.split())) for line in file]
+    return any(first <= FIRST_UID and first + count > LAST_UID for first, _, count in ranges)
+
+
+def _key_to_closed_folders(abi):
+    """The capability that lets a guest pass directories like /root to reach the interpreter.
+
+    Landlock's list still decides what it can open there. CAP_DAC_OVERRIDE (what containers have)
+    also allows writing, so truncate(2) must be covered too: ABI 3. None where neither will do.
+    """
+    with open("/proc/self/status") as file:
+        line = next(line for line in file if line.startswith("CapEff"))
+    held = int(line.split()[1], 16)
+    for capability, oldest_abi in ((linux.CAP_DAC_READ_SEARCH, 1), (linux.CAP_DAC_OVERRIDE, 3)):
+        if held >> capability & 1 and abi >= oldest_abi:
+            return capability
+    return None
 
 
 def _runner_text():

@@ -19,7 +19,7 @@ from . import interpreter
 
 _BOOT = "import sys; sys.path.insert(0, sys.argv[1]); from guest.zygote import main; main()"
 _START_TIMEOUT_S = 120.0  # importing sympy on a busy machine takes seconds
-_FIRST_UID, _LAST_UID = 60600, 61150  # outside what distributions hand out by default
+FIRST_UID, LAST_UID = 60600, 61150  # outside what distributions hand out by default
 
 
 def memory_file(data):
@@ -37,7 +37,7 @@ def claim_uids(count):
     The lock is an abstract socket, which the kernel frees with its process.
     """
     uids, locks = [], []
-    for uid in range(_FIRST_UID, _LAST_UID):
+    for uid in range(FIRST_UID, LAST_UID):
         if len(uids) == count:
             return uids, locks
         lock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -53,7 +53,7 @@ def claim_uids(count):
     for lock in locks:
         lock.close()
     raise SandboxError(
-        f"{count} free user ids are needed between {_FIRST_UID} and {_LAST_UID}; "
+        f"{count} free user ids are needed between {FIRST_UID} and {LAST_UID}; "
         "lower max_concurrency or close other sandboxes"
     )
 

@@ -150,9 +150,11 @@ def main():
     parser.add_argument("--uid", type=int)
     parser.add_argument("--warm", type=int, default=1)
     parser.add_argument("--names", nargs="*")
+    parser.add_argument("--closed", action="store_true", help="leave the interpreter where it is")
     options = parser.parse_args()
     linux.become_subreaper()  # whatever outlives its call or its sandbox shows up below us
-    if os.getuid() == 0 and (options.uid is not None or options.level != "L3"):
+    needs_way = options.uid is not None or options.level != "L3"
+    if os.getuid() == 0 and needs_way and not options.closed:
         open_the_way([sys.base_prefix, sys.prefix, os.getcwd()])
     if options.uid is not None:
         os.setgroups([])

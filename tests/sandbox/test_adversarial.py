@@ -14,26 +14,29 @@ import pytest
 
 from tests.sandbox import harness
 
-NOBODY = 65534
 IS_ROOT = os.getuid() == 0
-PLACES = [("L3", None, 1), ("L2", None, 1), ("L1", None, 1)]
-PLACES += [("L3", NOBODY, 1), ("L2", NOBODY, 1)] if IS_ROOT else []
-COLD = [("L3", None, 0), ("L2", None, 0), ("L2", NOBODY, 0)]
-
-
-def _id(place):
-    level, uid, warm = place
-    return f"{level}-{'nobody' if uid else 'self'}{'' if warm else '-cold'}"
+NOBODY = ("--uid", "65534")
+DOCKER = ("-m", "tests.sandbox.container", sys.executable)
+# name -> (interpreter's options in front, level, options behind); the last two only root can try.
+PLACES = {
+    "L3": ((), "L3", ()),
+    "L2": ((), "L2", ()),
+    "L1": ((), "L1", ()),
+    "L3-nobody": ((), "L3", NOBODY),
+    "L2-nobody": ((), "L2", NOBODY),
+    "L2-docker": (DOCKER, "L2", ("--closed",)),
+}
+COLD = {f"{name}-cold": (*PLACES[name][:2], (*PLACES[name][2], "--warm", "0")) for name in PLACES}
+ONLY_ROOT = ("nobody", "docker")
 
 
 @functools.cache
-def run_place(place):
+def run_place(name):
     """The harness's answer, or the reason why this place cannot be had here."""
-    level, uid, warm = place
-    if uid is not None and not IS_ROOT:
-        return "only root can become another user"
-    command = [sys.executable, "-m", "tests.sandbox.harness", "--level", level, "--warm", str(warm)]
-    command += ["--uid", str(uid)] if uid is not None else []
+    front, level, options = (PLACES | COLD)[name]
+    if not IS_ROOT and any(word in name for word in ONLY_ROOT):
+        return "only root can become another user or give up capabilities"
+    command = [sys.executable, *front, "-m", "tests.sandbox.harness", "--level", level, *options]
     environment = {**os.environ, "SECRET_TOKEN": harness.MARK}
     run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280)
     if run.returncode == 0:
@@ -56,31 +59,32 @@ def _answer(place):
 def _check(place, name):
     answer = _answer(place)
     case = harness.ALL[name]
-    if place[0] not in case.levels:
-        pytest.skip(f"{place[0]} does not promise this")
+    level = (PLACES | COLD)[place][1]
+    if level not in case.levels:
+        pytest.skip(f"{level} does not promise this")
     result = answer["results"][name]
-    assert case.holds(result, place[0], answer["shared"], {}), (case.check, result)
+    assert case.holds(result, level, answer["shared"], {}), (case.check, result)
 
 
 @pytest.mark.parametrize("name", list(harness.ALL))
-@pytest.mark.parametrize("place", PLACES, ids=_id)
+@pytest.mark.parametrize("place", PLACES)
 def test_program_is_contained(place, name):
     _check(place, name)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(harness.ALL))
-@pytest.mark.parametrize("place", COLD, ids=_id)
+@pytest.mark.parametrize("place", COLD)
 def test_program_is_contained_in_a_fresh_interpreter(place, name):
     _check(place, name)
 
 
-@pytest.mark.parametrize("place", PLACES, ids=_id)
+@pytest.mark.parametrize("place", PLACES)
 def test_host_is_untouched_and_nothing_is_left(place):
     assert _answer(place)["end"] == {"untouched": True, "survivors": [], "still": "served\n"}
 
 
-@pytest.mark.parametrize("place", PLACES, ids=_id)
+@pytest.mark.parametrize("place", PLACES)
 def test_no_program_is_blamed_on_the_sandbox(place):
     results = _answer(place)["results"]
     assert [n for n, r in results.items() if r["outcome"] == "infra_error"] == []

@@ -63,13 +63,18 @@ def isolate_call(config, slot):
 
 
 def enter_guest(config, slot, scratch):
-    """In the program's process: the slot's uid, then Landlock (both where the level has them)."""
+    """In the program's process: the slot's uid, then Landlock (both where the level has them).
+
+    "kept_capability": set where the interpreter lies below a directory only root may enter. The
+    program may then pass closed directories, and Landlock's list alone decides what it can open.
+    """
     if config["uids"]:
         uid = config["uids"][slot]
+        linux.keep_capabilities_on_uid_change()
         os.setgroups([])
         os.setresgid(uid, uid, uid)
         os.setresuid(uid, uid, uid)
-        linux.drop_capabilities()
+        linux.drop_capabilities(config["kept_capability"])
         linux.die_with_parent(signal.SIGKILL)
     linux.set_dumpable(True)
     linux.no_new_privileges()

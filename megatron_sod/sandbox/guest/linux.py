@@ -23,7 +23,9 @@ _MOUNT_ATTR_RDONLY, _MOUNT_ATTR_NOSUID = 1, 2
 _AT_FDCWD, _AT_RECURSIVE = -100, 0x8000
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_CAPBSET_DROP = 1, 4, 24
 _PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS, _PR_SET_SECCOMP = 36, 38, 22
+_PR_SET_KEEPCAPS, _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_RAISE = 8, 47, 2
 _SECCOMP_MODE_FILTER = 2
+CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH = 1, 2
 _NUMBERS = {"x86_64": {"clone": 56, "pivot_root": 155}, "aarch64": {"clone": 220, "pivot_root": 41}}
 _MOUNT_SETATTR, _LANDLOCK_CREATE, _LANDLOCK_ADD, _LANDLOCK_RESTRICT = 442, 444, 445, 446
 
@@ -106,15 +108,25 @@ def no_new_privileges():
     _prctl("NO_NEW_PRIVS", _PR_SET_NO_NEW_PRIVS, 1)
 
 
-def drop_capabilities():
-    """Empties the bounding, inheritable, permitted and effective sets."""
+def keep_capabilities_on_uid_change():
+    """The permitted set outlives a uid change; the effective one does not."""
+    _prctl("KEEPCAPS", _PR_SET_KEEPCAPS, 1)
+
+
+def drop_capabilities(kept=None):
+    """Empties the bounding, inheritable, permitted and effective sets, but for one capability,
+    which programs started from here keep too."""
     for capability in range(64):
         try:
-            _prctl("CAPBSET_DROP", _PR_CAPBSET_DROP, capability)
+            if capability != kept:
+                _prctl("CAPBSET_DROP", _PR_CAPBSET_DROP, capability)
         except OSError:
             break  # EINVAL past the last capability of this kernel; EPERM when there is none left
+    mask = 0 if kept is None else 1 << kept
     header = struct.pack("=Ii", 0x20080522, 0)
-    _check("capset", _libc.capset(header, b"\0" * 24))
+    _check("capset", _libc.capset(header, struct.pack("=6I", mask, mask, mask, 0, 0, 0)))
+    if kept is not None:
+        _prctl("CAP_AMBIENT", _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_RAISE, kept)
 
 
 def install_seccomp(program):

@@ -283,13 +283,13 @@ def _wait(call, config, scratch, program):
 def _over_limits(limits, config, scratch):
     """ "memory", "processes" or "scratch" when the call as a whole exceeds its share, else None."""
     pids = processes.descendants(os.getpid())
+    # The second line behind RLIMIT_NPROC, which without a namespace counts the whole user.
+    if len(pids) > limits["num_processes"]:
+        return "processes"
     # One process alone is held by RLIMIT_AS already.
     if len(pids) > 1 and processes.tree_exceeds(pids, limits["memory_bytes"]):
         return "memory"
     if config["level"] != "L3":
-        # RLIMIT_NPROC counts the whole user there, other calls included.
-        if len(pids) > limits["num_processes"]:
-            return "processes"
         num_files, num_bytes = files.usage(scratch, limits["scratch_files"])
         if num_files > limits["scratch_files"] or num_bytes > limits["scratch_bytes"]:
             return "scratch"
