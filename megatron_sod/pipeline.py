@@ -68,6 +68,7 @@ def run_iteration(session: Session) -> dict[str, float]:
         iteration=iteration,
         policy_version=transfer.policy_version,
         num_prompts_drawn=session.progress.num_prompts_drawn + config.train.train_batch_size,
+        num_optimizer_steps=session.progress.num_optimizer_steps + len(batch.mini_batches),
         config_hash=session.progress.config_hash,
     )
     with clock("record"):

@@ -152,7 +152,7 @@ def _model(
 
 def _resume(config: SodConfig, checkpoints: Checkpoints, student: Trainable) -> Progress:
     """Load what `train.resume` names; a fresh start otherwise."""
-    fresh = Progress(0, 0, 0, config_hash(config))
+    fresh = Progress(0, 0, 0, 0, config_hash(config))
     resume = config.train.resume
     path = checkpoints.latest() if resume == "auto" else None if resume == "never" else resume
     return checkpoints.load(student, path) if path else fresh

@@ -28,6 +28,7 @@ class Progress:
     iteration: int  # finished iterations
     policy_version: int  # optimizer-made versions of the student so far
     num_prompts_drawn: int  # position in the data order
+    num_optimizer_steps: int
     config_hash: str
 
 

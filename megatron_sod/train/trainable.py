@@ -65,6 +65,11 @@ class Trainable:
         config.finalize_model_grads_func = finalize_model_grads
         config.grad_scale_func = self.optimizer.scale_loss
 
+    def set_lr(self, lr: float) -> None:
+        """Learning rate of the next step."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+
     def accumulate(self, micro_batches: Sequence[MicroBatch], loss_fn: LossFn) -> list[Any]:
         """Fresh gradients of the mini-batch, divided by its global token count."""
         self.model.train()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
+from megatron_sod.config.schema import TrainConfig
 from megatron_sod.parallel.cpu import device
 from megatron_sod.train.loss import make_loss_fn
 from megatron_sod.types import TokenCredit, TokenScores, TrainingBatch
@@ -15,6 +16,11 @@ if TYPE_CHECKING:
     from megatron_sod.session import Session
 
 _SUMS = ("loss", "ppo_kl", "clip_fraction", "rows")
+
+
+def warmed_up_lr(train: TrainConfig, num_steps_done: int) -> float:
+    """Rises linearly over `lr_warmup_steps`, then stays: the first Adam steps have unit size."""
+    return train.lr * min(1.0, (num_steps_done + 1) / max(train.lr_warmup_steps, 1))
 
 
 def update(
@@ -31,7 +37,9 @@ def update(
     student, groups = session.student, session.groups
     sums = torch.zeros(len(_SUMS), dtype=torch.float64, device=device())
     grad_norms, num_skipped, start = [], 0, 0
-    for mini_batch in batch.mini_batches:
+    for number, mini_batch in enumerate(batch.mini_batches):
+        lr = warmed_up_lr(session.config.train, session.progress.num_optimizer_steps + number)
+        student.set_lr(lr)
         end = start + len(mini_batch.micro_batches)
         loss_fn = make_loss_fn(
             student.model, session.teacher, credits[start:end], scores[start:end], session.config
@@ -51,5 +59,5 @@ def update(
         "actor/pg_clipfrac": float(sums[2]) / rows,
         "actor/grad_norm": max(grad_norms),
         "actor/steps_skipped": float(num_skipped),
-        "actor/lr": session.config.train.lr,
+        "actor/lr": lr,
     }
