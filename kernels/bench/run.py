@@ -70,10 +70,10 @@ def cpu_report(tokens: list[int], repetitions: int) -> str:
         "",
         *tables,
         "The op's forward returns both logprobs, both entropies and both KLs; the others one KL "
-        "(or one logprob). Its backward is the in-place one. The token counts differ in what "
-        "memory costs: glibc hands temporaries of up to 32 MB back from its free lists (eager's "
-        "are 4 bytes x tokens x V each), and maps and zeroes larger ones anew, as at every real "
-        "batch size.",
+        "(or one logprob). Its backward is the in-place one. Eager's temporaries (4 bytes x tokens "
+        "x V each) are sometimes reused by the allocator and sometimes mapped and zeroed anew, so "
+        "its times at few tokens vary from run to run; above 32 MB glibc always maps anew, as at "
+        "every real batch size.",
         "",
         "Largest error against float64 (KL in nats; gradient of the summed KL, bf16):",
         "",
