@@ -1,0 +1,192 @@
+"""The whole job for real: torchrun with two ranks, Ray, a vLLM engine, the sandbox, resume.
+
+Layers: one real run (cold start, iterations, SIGKILL, resume), checked from its files.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pyarrow.parquet
+import pytest
+import torch
+
+from megatron_sod.data.tiny_models import STUDENT, TEACHER, write_tiny_model
+from tests.helpers.launch import end, processes_of, run, start
+
+pytestmark = [pytest.mark.dist, pytest.mark.timeout(900)]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> Path:
+    """A student cold-started for a moment, and a random teacher."""
+    folder = tmp_path_factory.mktemp("models")
+    write_tiny_model(folder / "init", **STUDENT)
+    write_tiny_model(folder / "teacher", **TEACHER)
+    log = run(
+        "train_sft.py",
+        "--config",
+        "configs/demo/sft_student.yaml",
+        "cluster.gpus_per_node=1",
+        f"student.path={folder / 'init'}",
+        "data.conversations=[tiny_world:train:200]",
+        "train.num_steps=6",
+        "train.global_batch_size=8",
+        f"out={folder / 'student'}",
+        nproc=1,
+        log=folder / "sft.log",
+        timeout_s=300,
+    )
+    assert "step 6/6" in log
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished_run(models, tmp_path_factory) -> Path:
+    """A run whose ranks are killed after the first iteration and that is started again."""
+    run_dir = tmp_path_factory.mktemp("run") / "killed"
+    arguments = _arguments(models, run_dir)
+    others = set(processes_of("VLLM_CPU_KVCACHE_SPACE"))
+    first = start("train_sod.py", *arguments, nproc=2, log=run_dir.parent / "first.log")
+    try:
+        _wait_for(run_dir / "checkpoints" / "latest", first, run_dir.parent / "first.log")
+        marker = str(run_dir)
+        ranks = [pid for pid in processes_of(marker) if "train_sod" in _command_line(pid)]
+        workers = set(processes_of("VLLM_CPU_KVCACHE_SPACE")) - others
+        assert workers, "no engine process was found: the check below would say nothing"
+        for pid in ranks:
+            os.kill(pid, signal.SIGKILL)
+        first.wait(timeout=60)
+        _wait_until_gone(marker, workers)
+    finally:
+        end(first)
+    log = run("train_sod.py", *arguments, nproc=2, log=run_dir.parent / "second.log", timeout_s=420)
+    assert "resumed after iteration" in log
+    return run_dir
+
+
+def test_killed_run_resumes_and_counts_every_iteration_once(finished_run):
+    rows = [json.loads(line) for line in (finished_run / "metrics.jsonl").open()]
+    assert [row["iteration"] for row in rows] == [1, 2]
+    assert all(row["actor/steps_skipped"] == 0 for row in rows)
+    assert all(abs(row["actor/loss"]) < 100 for row in rows)
+
+
+def test_engines_held_the_trainers_weights_after_every_transfer(finished_run):
+    rows = [json.loads(line) for line in (finished_run / "metrics.jsonl").open()]
+    assert all(0 <= row["transfer/canary_max_error"] < 1e-3 for row in rows)
+
+
+def test_steps_table_has_one_row_per_step_with_weights(finished_run):
+    table = pyarrow.parquet.read_table(finished_run / "steps.parquet").to_pylist()
+    keys = {(row["iteration"], row["trajectory"], row["step"]) for row in table}
+    assert len(keys) == len(table) > 0
+    first_steps = [row["w_k"] for row in table if row["step"] == 1 and row["w_k"] is not None]
+    assert first_steps and all(w == pytest.approx(1.0) for w in first_steps)
+
+
+def test_exported_student_loads_in_transformers(finished_run):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(finished_run / "hf")
+    tokenizer = AutoTokenizer.from_pretrained(finished_run / "hf")
+    logits = model(torch.tensor([tokenizer("Compute")["input_ids"]])).logits
+    assert torch.isfinite(logits).all()
+    assert logits.shape[-1] == model.config.vocab_size
+
+
+def test_run_directory_holds_what_is_promised(finished_run):
+    names = {path.name for path in finished_run.iterdir()}
+    assert {"config.yaml", "metrics.jsonl", "steps.parquet", "checkpoints", "hf"} <= names
+    summary = json.loads((finished_run / "summary.json").read_text())
+    assert 0 <= summary["student_before"] <= 1 and 0 <= summary["student_after"] <= 1
+    assert "<svg" in (finished_run / "report.html").read_text()
+
+
+@pytest.mark.skipif("SOD_SHARED_DATA" not in os.environ, reason="SOD_SHARED_DATA is not set")
+def test_real_text_and_the_real_vocabulary_run_one_iteration(tmp_path):
+    """GSM8K rows by path, Qwen3's tokenizer and its 151,936 rows, a random tiny student."""
+    data = Path(os.environ["SOD_SHARED_DATA"])
+    for role in ("student", "teacher"):
+        _write_real_vocabulary_model(tmp_path / role, data)
+    run_dir = tmp_path / "run"
+    run(
+        "train_sod.py",
+        *_arguments(tmp_path, run_dir),
+        f"data.train=[{data / 'gsm8k_train_2000.jsonl'}]",
+        "data.eval=[]",
+        "data.prompt_key=question",
+        "train.num_iterations=1",
+        "data.tools_in_prompt=true",
+        "rollout.max_prompt_length=512",
+        "rollout.max_response_length=96",
+        "rollout.max_turns=2",
+        "train.tokens_per_micro_batch=1024",
+        nproc=2,
+        log=tmp_path / "run.log",
+        timeout_s=420,
+    )
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").open()]
+    assert len(rows) == 1 and rows[0]["rollout/tokens"] > 0
+
+
+def _write_real_vocabulary_model(directory: Path, data: Path) -> None:
+    source = data / "tokenizer_qwen3_0p6b"
+    write_tiny_model(directory, vocab_size=151_936)
+    config = json.loads((directory / "config.json").read_text())
+    for path in directory.iterdir():
+        path.unlink()
+    config |= {"eos_token_id": 151_645, "pad_token_id": 151_643}
+    (directory / "config.json").write_text(json.dumps(config))
+    for path in source.iterdir():
+        if path.name != "config.json":
+            (directory / path.name).write_bytes(path.read_bytes())
+
+
+def _arguments(models: Path, run_dir: Path) -> list[str]:
+    return [
+        "--config",
+        "configs/demo_cpu.yaml",
+        "name=tiny",
+        f"observe.run_dir={run_dir}",
+        f"student.path={models / 'student'}",
+        f"teacher.path={models / 'teacher'}",
+        "data.train=[tiny_world:train:32]",
+        "data.eval=[tiny_world:heldout:8]",
+        "eval.teacher=false",
+        "train.num_iterations=2",
+        "train.train_batch_size=4",
+        "train.ppo_mini_batch_size=2",
+        "train.save_interval=1",
+        "rollout.num_generations=2",
+        "rollout.max_turns=3",
+        "rollout.max_response_length=128",
+        "rollout.timeout_s=200",
+    ]
+
+
+def _wait_for(path: Path, process, log: Path, timeout_s: float = 300) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not path.is_file():
+        assert process.poll() is None, f"the run ended early:\n{log.read_text()[-6000:]}"
+        assert time.monotonic() < deadline, f"no checkpoint yet:\n{log.read_text()[-6000:]}"
+        time.sleep(0.1)
+
+
+def _wait_until_gone(marker: str, workers: set[int], timeout_s: float = 60) -> None:
+    """Neither a trainer rank nor an engine process of the killed run may live on."""
+    deadline = time.monotonic() + timeout_s
+    while left := {*processes_of(marker), *workers & set(processes_of("VLLM_CPU_KVCACHE_SPACE"))}:
+        assert time.monotonic() < deadline, f"left alive: {[_command_line(p) for p in left]}"
+        time.sleep(0.5)
+
+
+def _command_line(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+    except OSError:
+        return ""
