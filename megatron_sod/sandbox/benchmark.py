@@ -33,7 +33,7 @@ def run_plain(path):
 
 def latencies_ms(ways, num_rounds):
     """{way: [milliseconds]} for {way: callable}, one call of each way per round."""
-    times = {name: [] for name in ways}
+    times: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(num_rounds):
         for name, call in ways.items():
             started_at = time.perf_counter()

@@ -10,7 +10,7 @@ from . import guest, interpreter, seccomp
 from .guest import linux
 from .limits import Limits, default_concurrency
 from .local import LocalSandbox
-from .zygote import FIRST_UID, LAST_UID
+from .zygote import usable_uids
 
 LEVELS = ("L3", "L2", "L1", "L0")
 _MECHANISMS = {
@@ -87,7 +87,7 @@ def open_sandbox(
     limits = Limits(**{**vars(limits or Limits()), "timeout_s": timeout_s, "memory_mb": memory_mb})
     max_concurrency = max_concurrency or default_concurrency()
     tried = LEVELS if allow_unsafe else LEVELS[:-1]
-    reasons = {}
+    reasons: dict[str, str] = {}
     for name in tried if level == "auto" else (level,):
         try:
             config = _config(name, python or sys.executable, warm, preload)
@@ -108,7 +108,7 @@ def open_sandbox(
 
 def _config(level, python, warm, preload):
     """What the guest process is told. Raises SandboxError where the level cannot be."""
-    is_root = _can_drop_uid()
+    is_root = os.getuid() == 0 and len(usable_uids()) > 0
     abi = linux.landlock_abi()
     contains_signals = is_root or level == "L3" or abi >= 6
     if level == "L2" and (abi < 1 or not contains_signals):
@@ -146,15 +146,6 @@ def _config(level, python, warm, preload):
         config["mechanisms"] += f", filter by {assembler}"
         config["mechanisms"] += ", a user of its own" if config["drops_uid"] else ""
     return config
-
-
-def _can_drop_uid():
-    """Root, in a user namespace (or none) where the guests' ids exist."""
-    if os.getuid() != 0:
-        return False
-    with open("/proc/self/uid_map") as file:
-        ranges = [tuple(map(int, line.split())) for line in file]
-    return any(first <= FIRST_UID and first + count > LAST_UID for first, _, count in ranges)
 
 
 def _key_to_closed_folders(abi):

@@ -52,8 +52,9 @@ class Limits:
         """The part the supervisor applies."""
         names = ("num_processes", "num_files", "file_bytes", "scratch_bytes", "scratch_files")
         values = {name: getattr(self, name) for name in (*names, "shm_bytes", "stack_bytes")}
-        # The wall clock is kept by the caller; CPU time is the second net, a second later.
-        values["cpu_s"] = math.ceil(self.timeout_s) + 1
+        # The wall clock is kept by the caller; CPU time is the second net, behind what a process
+        # with a thread on every CPU can use until then.
+        values["cpu_s"] = math.ceil(self.timeout_s * (os.cpu_count() or 1)) + 1
         values["memory_bytes"] = self.memory_mb << 20
         return values
 

@@ -29,7 +29,7 @@ class LocalSandbox:
         self._echo = echo
         self._config = config
         self._description = description
-        self._slots = queue.SimpleQueue()
+        self._slots: queue.SimpleQueue[int] = queue.SimpleQueue()
         for slot in range(max_concurrency):
             self._slots.put(slot)
         self._restart_lock = threading.Lock()
@@ -82,9 +82,11 @@ class LocalSandbox:
                 outcome = run.execute(zygote, slot, payload, stdin or b"")
                 if outcome.outcome != "infra_error" or last_try or self._closed:
                     return outcome
-                if run.was_started and zygote.is_alive() and not run.is_stuck:
+                # Replacing a healthy guest process would end the other runs.
+                if run.is_guest_broken or (run.is_cut_off and zygote.is_dead()):
+                    self._replace(zygote)
+                elif not run.is_cut_off:
                     return outcome
-                self._replace(zygote)
         finally:
             self._slots.put(slot)
 
@@ -120,8 +122,8 @@ class _Run:
         self._limits = limits
         self._cancel = cancel
         self._started_at = time.monotonic()
-        self.was_started = False
-        self.is_stuck = False
+        self.is_guest_broken = False  # it does not take a call, or does not end one
+        self.is_cut_off = False  # the call ended without a report
 
     def execute(self, zygote, slot, payload, stdin):
         """Runs to the end; every descriptor opened here is closed here."""
@@ -134,7 +136,6 @@ class _Run:
             try:
                 with theirs:
                     zygote.spawn(slot, sent)
-                self.was_started = True
                 for descriptor in (payload_fd, stdin_fd, out_write, err_write):
                     os.close(descriptor)
                     opened.remove(descriptor)
@@ -142,6 +143,7 @@ class _Run:
             finally:
                 control.close()
         except OSError as error:
+            self.is_guest_broken = isinstance(error, BrokenPipeError | ConnectionResetError)
             return results.infra_error(f"cannot start a run: {error}", self._elapsed())
         finally:
             for descriptor in opened:
@@ -151,40 +153,47 @@ class _Run:
         return time.monotonic() - self._started_at
 
     def _collect(self, control, out_read, err_read):
-        """Drains both streams until the supervisor has reported and every writer is gone."""
+        """Drains both streams until the supervisor has reported: by then every writer is dead, so
+        what is in the pipes is all there is. (Waiting for their end of file instead would hang
+        when a fork of this process holds a copy.)"""
         streams = {fd: Stream(self._limits.output_bytes) for fd in (out_read, err_read)}
         poller = select.poll()
         for descriptor in (*streams, control.fileno()):
             poller.register(descriptor, select.POLLIN)
-        is_open = set(streams)
         deadline = self._started_at + self._limits.timeout_s
-        report, stop_reason, fetched, reported = None, None, {}, False
-        while not reported or is_open:
+        report, stop_reason, fetched, is_over = None, None, {}, False
+        while True:
             now = time.monotonic()
-            if now >= deadline:
-                if stop_reason is not None or reported:
-                    self.is_stuck = not reported
-                    break
-                stop_reason, deadline = "timeout", now + _STOP_PATIENCE_S
+            reason = self._reason_to_stop(streams, now >= deadline)
+            if reason and stop_reason is None and not is_over:
+                stop_reason, deadline = reason, now + _STOP_PATIENCE_S
                 _ask_to_stop(control)
-            if self._cancel is not None and self._cancel.is_set() and stop_reason is None:
-                stop_reason, deadline = "cancelled", now + _STOP_PATIENCE_S
-                _ask_to_stop(control)
-            wait_s = deadline - now if self._cancel is None else _CANCEL_TICK_S
-            for descriptor, _event in poller.poll(max(0.0, wait_s) * 1000 + 1):
-                if descriptor in streams:
-                    if not _take(descriptor, streams[descriptor]):
-                        poller.unregister(descriptor)
-                        is_open.discard(descriptor)
-                    elif stop_reason is None and self._is_flood(streams[descriptor]):
-                        stop_reason, deadline = "output_limit", now + _STOP_PATIENCE_S
-                        _ask_to_stop(control)
-                else:
+            elif now >= deadline and not is_over:
+                self.is_guest_broken = True
+                break
+            events = poller.poll(0 if is_over else self._wait_ms(deadline - now))
+            if is_over and not events:
+                break
+            for descriptor, _event in events:
+                if descriptor not in streams:
                     report, fetched = _read_report(control)
-                    reported = True
+                    is_over = True
                     poller.unregister(control)
-                    deadline = time.monotonic() + _STOP_PATIENCE_S
+                elif not _take(descriptor, streams[descriptor]):
+                    poller.unregister(descriptor)
+            if is_over and now >= deadline:
+                break
         return self._result(report, stop_reason, streams[out_read], streams[err_read], fetched)
+
+    def _wait_ms(self, left_s):
+        return 1000 * min(max(left_s, 0.0), left_s if self._cancel is None else _CANCEL_TICK_S) + 1
+
+    def _reason_to_stop(self, streams, is_late):
+        if is_late:
+            return "timeout"
+        if self._cancel is not None and self._cancel.is_set():
+            return "cancelled"
+        return "output_limit" if any(map(self._is_flood, streams.values())) else None
 
     def _is_flood(self, stream):
         return stream.num_bytes > self._limits.output_stop_bytes
@@ -192,7 +201,8 @@ class _Run:
     def _result(self, report, stop_reason, out, err, fetched):
         elapsed = self._elapsed()
         if report is None:
-            reason = "the run did not end when stopped" if self.is_stuck else "its supervisor died"
+            self.is_cut_off = not self.is_guest_broken
+            reason = "its supervisor died" if self.is_cut_off else "it did not end when stopped"
             return results.infra_error(reason, elapsed)
         if "infra" in report:
             last_words = err.text().strip()[-300:]

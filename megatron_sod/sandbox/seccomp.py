@@ -34,6 +34,9 @@ chmod fchmod fchmodat fchmodat2 chown fchown lchown fchownat utime utimes futime
 setxattr lsetxattr fsetxattr removexattr lremovexattr fremovexattr setxattrat removexattrat
 file_setattr
 """.split()
+# No socket at all but a connected stream pair. A datagram pair could be pointed at a socket of the
+# host (connect, sendto), which neither a closed socket(2) nor Landlock prevents.
+_NETWORK = "socket connect bind listen accept accept4".split()
 _NAMESPACE_BITS = (0x80, 1 << 17, *(1 << bit for bit in range(25, 31)))
 _SELF = 0x5E1F0000  # stands for the program's pid until it is known
 # name, argument, test, value; tests: "ne" (differs), "eq" (equals), "any" (shares a bit).
@@ -46,19 +49,22 @@ _CONDITIONAL = [
     ("ioprio_set", 1, "ne", 0),
     ("ioctl", 1, "eq", 0x5412),  # TIOCSTI types into a terminal
     ("ioctl", 1, "eq", 0x541C),  # TIOCLINUX
+    ("socketpair", 1, "any", 2),  # SOCK_DGRAM and SOCK_RAW; SOCK_STREAM is 1, SOCK_SEQPACKET 5
     ("prctl", 0, "eq", 1),  # PR_SET_PDEATHSIG: the program must die with its supervisor
 ]
 _SIGNALS_TO_SELF = [
     *((name, 0, "ne", _SELF) for name in ("kill", "tgkill", "rt_sigqueueinfo")),
     ("rt_tgsigqueueinfo", 0, "ne", _SELF),
+    *(("fcntl", 1, "eq", command) for command in (8, 10, 15)),  # F_SETOWN, F_SETSIG, F_SETOWN_EX
+    *(("ioctl", 1, "eq", request) for request in (0x8901, 0x8902)),  # FIOSETOWN, SIOCSPGRP
 ]
 
 
 def _rules(keep_metadata, only_signal_self):
     """(name, errno, condition or None) for every refused call."""
-    rules = [(name, errno.EPERM, None) for name in _REFUSED]
+    rules: list[tuple] = [(name, errno.EPERM, None) for name in _REFUSED]
     rules += [(name, errno.ENOSYS, None) for name in _MISSING]
-    rules += [("socket", errno.EACCES, None)]
+    rules += [(name, errno.EACCES, None) for name in _NETWORK]
     rules += [(name, errno.EPERM, tuple(rest)) for name, *rest in _CONDITIONAL]
     if keep_metadata:
         rules += [(name, errno.EPERM, None) for name in _METADATA]

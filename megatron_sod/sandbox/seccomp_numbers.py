@@ -4,6 +4,13 @@ AUDIT_ARCHITECTURE = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 
 NUMBERS = {
     "x86_64": {
+        "connect": 42,
+        "bind": 49,
+        "listen": 50,
+        "accept": 43,
+        "accept4": 288,
+        "socketpair": 53,
+        "fcntl": 72,
         "acct": 163,
         "add_key": 248,
         "adjtimex": 159,
@@ -119,6 +126,13 @@ NUMBERS = {
         "vhangup": 153,
     },
     "aarch64": {
+        "connect": 203,
+        "bind": 200,
+        "listen": 201,
+        "accept": 202,
+        "accept4": 242,
+        "socketpair": 199,
+        "fcntl": 25,
         "acct": 89,
         "add_key": 217,
         "adjtimex": 171,

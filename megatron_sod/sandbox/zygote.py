@@ -3,6 +3,7 @@
 The host is never forked: it may hold CUDA contexts, Ray and threads.
 """
 
+import fcntl
 import json
 import os
 import select
@@ -19,16 +20,30 @@ from . import interpreter
 
 _BOOT = "import sys; sys.path.insert(0, sys.argv[1]); from guest.zygote import main; main()"
 _START_TIMEOUT_S = 120.0  # importing sympy on a busy machine takes seconds
-FIRST_UID, LAST_UID = 60600, 61150  # outside what distributions hand out by default
+# Ids that neither distributions nor systemd hand out; the second range is for containers, where
+# only the first 65,536 exist.
+UID_RANGES = (range(1_900_000_000, 1_900_004_096), range(60_600, 61_184))
 
 
 def memory_file(data):
-    """An anonymous file holding `data`, read from its start."""
-    descriptor = os.memfd_create("sandbox", os.MFD_CLOEXEC)
+    """An anonymous file holding `data`, read from its start; nobody can write to it any more."""
+    descriptor = os.memfd_create("sandbox", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     with open(descriptor, "wb", closefd=False) as file:
         file.write(data)
     os.lseek(descriptor, 0, os.SEEK_SET)
+    seals = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
+    fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, seals)
     return descriptor
+
+
+def usable_uids():
+    """The first range of UID_RANGES that exists in this user namespace; empty when none does."""
+    with open("/proc/self/uid_map") as file:
+        mapped = [tuple(map(int, line.split())) for line in file]
+    for uids in UID_RANGES:
+        if any(first <= uids[0] and uids[-1] < first + count for first, _, count in mapped):
+            return uids
+    return range(0)
 
 
 def claim_uids(count):
@@ -36,10 +51,11 @@ def claim_uids(count):
 
     The lock is an abstract socket, which the kernel frees with its process.
     """
-    uids, locks = [], []
-    for uid in range(FIRST_UID, LAST_UID):
+    uids: list[int] = []
+    locks: list[socket.socket] = []
+    for uid in usable_uids():
         if len(uids) == count:
-            return uids, locks
+            break
         lock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         try:
             lock.bind(f"\0sod-sandbox-uid-{uid}")
@@ -53,8 +69,8 @@ def claim_uids(count):
     for lock in locks:
         lock.close()
     raise SandboxError(
-        f"{count} free user ids are needed between {FIRST_UID} and {LAST_UID}; "
-        "lower max_concurrency or close other sandboxes"
+        f"{count} free user ids are needed, {len(uids)} are left; lower max_concurrency or close "
+        "other sandboxes"
     )
 
 
@@ -65,8 +81,10 @@ class Zygote:
         self._config = dict(config)
         self._num_slots = num_slots
         self._lock = threading.Lock()
-        self._process = self._socket = self._folder = None
-        self._uid_locks = []
+        self._process: subprocess.Popen | None = None
+        self._socket: socket.socket | None = None
+        self._folder: str | None = None
+        self._uid_locks: list[socket.socket] = []
 
     def start(self):
         config = self._config
@@ -82,7 +100,7 @@ class Zygote:
             config["scratch_base"] = self._folder
         try:
             self._launch(config)
-            self._await_ready()
+            self._await_ready(self._socket)
         except BaseException:
             self.stop()
             raise
@@ -111,12 +129,12 @@ class Zygote:
             theirs.close()
             os.close(config_fd)
 
-    def _await_ready(self):
+    def _await_ready(self, answers):
         poller = select.poll()
-        poller.register(self._socket, select.POLLIN)
+        poller.register(answers, select.POLLIN)
         answer = b""
         if poller.poll(_START_TIMEOUT_S * 1000):
-            answer = self._socket.recv(65536)
+            answer = answers.recv(65536)
         message = json.loads(answer) if answer else {}
         if "ready" in message:
             return
@@ -127,18 +145,27 @@ class Zygote:
         raise SandboxError(reason or f"no answer within {_START_TIMEOUT_S:g} s")
 
     def spawn(self, slot, descriptors):
-        """Starts a call. Raises OSError when the process is gone."""
+        """Starts a call. Raises BrokenPipeError when the process is gone."""
         with self._lock:
             if self._socket is None:
-                raise OSError("the sandbox is closed")
+                raise BrokenPipeError("the guest process is gone or the sandbox closed")
             socket.send_fds(self._socket, [str(slot).encode()], descriptors)
 
-    def is_alive(self):
-        return self._process is not None and self._process.poll() is None
+    def is_dead(self, wait_s=0.5):
+        """Whether the process ended; it may be ending while its calls already have."""
+        process = self._process
+        if process is None:
+            return True
+        try:
+            process.wait(timeout=wait_s)
+            return True
+        except subprocess.TimeoutExpired:
+            return False
 
     @property
     def pid(self):
-        return self._process.pid
+        """None when it is not running."""
+        return self._process.pid if self._process is not None else None
 
     def stop(self):
         """Ends the process and what it started; idempotent."""

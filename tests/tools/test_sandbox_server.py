@@ -244,13 +244,13 @@ def test_program_ends_when_its_client_goes_away(server):
 
 
 def test_flood_is_answered_and_bounded():
-    server = Server("--max-concurrency", "2", "--max-waiting", "5")
+    server = Server("--max-concurrency", "2", "--max-waiting", "3")
     try:
         with concurrent.futures.ThreadPoolExecutor(40) as pool:
-            body = {"code": "import time; time.sleep(.2)", "language": "python"}
+            body = {"code": "import time; time.sleep(1)", "language": "python"}
             answers = list(pool.map(lambda _: server.post(body), range(40)))
         statuses = [status for status, _, _ in answers]
-        assert set(statuses) == {200, 429} and statuses.count(200) >= 7
+        assert set(statuses) == {200, 429} and statuses.count(200) >= 5
         refused = [headers for status, _, headers in answers if status == 429]
         assert all(int(headers["Retry-After"]) >= 1 for headers in refused)
         assert server.run("print(1)")["status"] == "Success"

@@ -60,7 +60,7 @@ def _fill_root(root, old, config):
         os.symlink(target, root + link)
     if any(path == WORK or path.startswith(WORK + "/") for path in config["binds"]):
         raise OSError(f"{WORK} holds the interpreter; each run's scratch would hide it")
-    done = []
+    done: list[str] = []
     for path, source in sorted(config["binds"].items()):
         if not _covered(path, done):
             _bind(path, old + source, root)

@@ -62,7 +62,7 @@ def tree_exceeds(pids, limit_bytes):
 
 def reap():
     """Collects every ended child. Returns ({pid: wait status}, whether any child is left)."""
-    ended = {}
+    ended: dict[int, int] = {}
     while True:
         try:
             pid, status = os.waitpid(-1, os.WNOHANG)
@@ -105,7 +105,8 @@ def _kill_as(uid):
 
 def kill_tree(is_init, uid, patience_s=5.0):
     """Ends every process of the call. Returns ({pid: wait status}, whether all are gone)."""
-    ended, deadline = {}, time.monotonic() + patience_s
+    ended: dict[int, int] = {}
+    deadline = time.monotonic() + patience_s
     while True:
         more, left = reap()
         ended.update(more)

@@ -36,7 +36,7 @@ def standard_streams():
         newline = "\n" if number else None
         # Line-buffered, as at a terminal: what was printed before a timeout is not lost.
         text = io.TextIOWrapper(buffered, "utf-8", errors, newline, line_buffering=number > 0)
-        text.mode = "r" if number == 0 else "w"
+        text.__dict__["mode"] = "r" if number == 0 else "w"
         setattr(sys, name, text)
         setattr(sys, f"__{name}__", text)
 
@@ -51,7 +51,7 @@ def reseed():
 def _main_module():
     module = types.ModuleType("__main__")
     module.__file__ = FILE_NAME
-    module.__builtins__ = builtins
+    module.__dict__["__builtins__"] = builtins
     sys.modules["__main__"] = module
     return module
 
@@ -93,7 +93,7 @@ def _finish(
     code,
     leave=os._exit,
     kill=os.kill,
-    shutdown=threading._shutdown,
+    shutdown=threading._shutdown,  # type: ignore[attr-defined]
     run_at_exit=atexit._run_exitfuncs,
     modules=sys.modules,
     names=builtins.__dict__,

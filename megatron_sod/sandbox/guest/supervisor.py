@@ -259,7 +259,7 @@ def _wait(call, config, scratch, program):
     poller = select.poll()
     poller.register(wake_read, select.POLLIN)
     poller.register(call.control, select.POLLIN)
-    deadline, status, next_watch = None, None, time.monotonic() + _WATCH_S
+    status, deadline, next_watch = None, 0.0, time.monotonic() + _WATCH_S
     while True:
         ended, left = processes.reap()
         if program in ended:

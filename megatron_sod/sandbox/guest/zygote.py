@@ -68,7 +68,7 @@ def _serve(server, owner, config):
     poller = select.poll()
     poller.register(server, select.POLLIN)
     poller.register(owner, select.POLLIN)
-    children = set()
+    children: set[int] = set()
     while True:
         timeout_ms = 20 if children else -1
         events = dict(poller.poll(timeout_ms))
@@ -80,12 +80,13 @@ def _serve(server, owner, config):
             request = _receive(server)
             if request is None:
                 return _end(children, config["level"])
-            pid = _start(*request, server, owner, config)
+            slot, descriptors = request
+            pid = _start(slot, descriptors, server, config)
             if pid:
                 children.add(pid)
 
 
-def _start(slot, descriptors, server, owner, config):
+def _start(slot, descriptors, server, config):
     """Forks the supervisor of one call. On failure the control socket closes unanswered or with
     a reason, which the owner reads as an infrastructure error."""
     try:
