@@ -20,22 +20,28 @@ from megatron_sod.errors import ConfigError
 Schema = TypeVar("Schema", bound=BaseModel)
 
 
-def load_config(
-    path: str | Path, overrides: list[str] | None = None, schema: type[Schema] = SodConfig
-) -> Schema:
+def load_config(path: str | Path, overrides: list[str] | None = None) -> SodConfig:
     """Merge `path` with its `defaults`, the method's preset and `key=value` overrides; validate.
 
     Raises:
         ConfigError: lists every problem found, not only the first.
     """
-    merged = _read_with_defaults(Path(path), seen=())
-    merged = OmegaConf.merge(merged, _parse_overrides(overrides or []))
-    if schema is SodConfig:
-        preset = PRESETS.get(str(merged.get("method", "sod")), {})
-        merged = OmegaConf.merge(OmegaConf.create(preset), merged)
+    return _load(path, overrides, SodConfig)
+
+
+def load_sft_config(path: str | Path, overrides: list[str] | None = None) -> SftConfig:
+    """The same for tools/train_sft.py."""
+    return _load(path, overrides, SftConfig)
+
+
+def _load(path: str | Path, overrides: list[str] | None, schema: type[Schema]) -> Schema:
+    layers = [_read_with_defaults(Path(path), seen=()), _parse_overrides(overrides or [])]
     try:
-        values = OmegaConf.to_container(merged, resolve=True)
-        config = schema.model_validate(values)
+        merged = OmegaConf.merge(*layers)
+        if issubclass(schema, SodConfig):
+            preset = PRESETS.get(str(OmegaConf.select(merged, "method", default="sod")), {})
+            merged = OmegaConf.merge(OmegaConf.create(preset), merged)
+        config = schema.model_validate(OmegaConf.to_container(merged, resolve=True))
     except OmegaConfBaseException as error:
         raise ConfigError(f"{path}: {error}") from error
     except ValidationError as error:
@@ -56,28 +62,30 @@ def to_yaml(config: BaseModel) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
 
 
-def load_sft_config(path: str | Path, overrides: list[str] | None = None) -> SftConfig:
-    """The same for tools/train_sft.py."""
-    return load_config(path, overrides, schema=SftConfig)
-
-
 def _read_with_defaults(path: Path, seen: tuple[Path, ...]) -> DictConfig:
-    if path in seen:
-        raise ConfigError(f"{path}: `defaults` refer to each other in a circle: {list(seen)}")
+    if path.resolve() in seen:
+        chain = " -> ".join(str(file) for file in (*seen, path.resolve()))
+        raise ConfigError(f"{path}: `defaults` refer to each other in a circle: {chain}")
     if not path.is_file():
         raise ConfigError(f"{path}: no such configuration file; configs/ holds working examples")
     try:
         loaded = OmegaConf.load(path)
+    except OSError as error:  # what OmegaConf raises for a document that is a number
+        raise ConfigError(f"{path}: expected a mapping of keys ({error})") from error
     except Exception as error:  # OmegaConf passes through every YAML parser error
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(loaded, DictConfig):
         raise ConfigError(f"{path}: expected a mapping of keys, found a list or a scalar")
-    parents = [_read_with_defaults(path.parent / name, (*seen, path)) for name in _defaults(loaded)]
-    return OmegaConf.merge(*parents, loaded)  # type: ignore[return-value]
+    seen = (*seen, path.resolve())
+    parents = [_read_with_defaults(path.parent / name, seen) for name in _defaults(loaded)]
+    merged = OmegaConf.merge(*parents, loaded)
+    assert isinstance(merged, DictConfig)
+    return merged
 
 
 def _defaults(loaded: DictConfig) -> list[str]:
-    return list(loaded.pop("defaults", None) or [])
+    names = loaded.pop("defaults", None) or []
+    return [names] if isinstance(names, str) else [str(name) for name in names]
 
 
 def _parse_overrides(overrides: list[str]) -> DictConfig:

@@ -8,7 +8,7 @@ the tokenizer that has no added tokens, so that printed text can never become `<
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -25,6 +25,16 @@ class RenderedConversation:
     token_ids: list[int]
     loss_mask: list[bool]  # True on assistant tokens, the end-of-turn token included
     step_ids: list[int]  # 0 outside assistant turns, else 1..K
+
+
+@dataclass(frozen=True)
+class _Glue:
+    """Template text between two contents: plain text, ids from the first to the last control token,
+    plain text."""
+
+    before: str
+    control_ids: list[int]
+    after: str
 
 
 class ChatFormat:
@@ -52,10 +62,14 @@ class ChatFormat:
 
     @property
     def stop_token_ids(self) -> list[int]:
-        """Ids that end an assistant turn: the end-of-turn token, then the end of text."""
+        """Ids that end an assistant turn: the end-of-turn token, then the end of text.
+
+        Tokenizers of chat models name the end of turn as eos and keep the end of text for padding.
+        """
         ends = [self.end_of_turn_id]
-        if self.tokenizer.eos_token_id not in (None, self.end_of_turn_id):
-            ends.append(self.tokenizer.eos_token_id)
+        for token_id in (self.tokenizer.eos_token_id, self.tokenizer.pad_token_id):
+            if token_id is not None and token_id not in ends:
+                ends.append(token_id)
         return ends
 
     def prompt_ids(self, messages: list[dict]) -> list[int]:
@@ -66,10 +80,14 @@ class ChatFormat:
 
     def observation_ids(self, texts: list[str]) -> list[int]:
         """What follows a turn's end-of-turn token: a newline, the tool results, the next marker."""
-        ids = list(self._open)
+        ids = list(self._open.control_ids)
         for index, text in enumerate(texts):
-            ids += (self._between if index else []) + self.plain_ids(text)
-        return ids + self._close
+            before = self._between.after if index else self._open.after
+            following = self._between if index < len(texts) - 1 else self._close
+            # The template's own newlines are encoded with the text, as in one whole render, where
+            # ".\n" may be a single token.
+            ids += self.plain_ids(before + text + following.before) + following.control_ids
+        return ids
 
     def plain_ids(self, text: str) -> list[int]:
         """Ids of text in which no added token can appear; decodes to the same text."""
@@ -99,22 +117,25 @@ class ChatFormat:
         return RenderedConversation(encoded["input_ids"], [s > 0 for s in step_ids], step_ids)
 
     def _assistant_span(self, text: str, messages: list[dict], index: int) -> tuple[int, int]:
-        before = self._text(messages[:index], generate=True)
-        if not text.startswith(before):
-            raise DataError(
-                f"message {index}: the chat template rewrites earlier turns, so the assistant's "
-                "tokens cannot be located; use a template that renders turns incrementally"
-            )
-        end = text.index(self._end_text, len(before)) + len(self._end_text)
-        return len(before), end
+        # Without thinking Qwen3 opens a generated turn with an empty thought, but renders one in
+        # the last turn of a conversation only: earlier turns start at the plain marker.
+        for options in (self._options, {"enable_thinking": True}):
+            before = self._text(messages[:index], generate=True, options=options)
+            if text.startswith(before):
+                end = text.index(self._end_text, len(before)) + len(self._end_text)
+                return len(before), end
+        raise DataError(
+            f"message {index}: the chat template rewrites earlier turns, so the assistant's "
+            "tokens cannot be located; use a template that renders turns incrementally"
+        )
 
-    def _text(self, messages: list[dict], *, generate: bool) -> str:
+    def _text(self, messages: list[dict], *, generate: bool, options: dict | None = None) -> str:
         return self.tokenizer.apply_chat_template(
             messages,
             tools=self._tools,
             tokenize=False,
             add_generation_prompt=generate,
-            **self._options,
+            **(self._options if options is None else options),
         )
 
     def _derive_wrappers(self) -> None:
@@ -135,11 +156,24 @@ class ChatFormat:
         self._end_text = self.tokenizer.decode([self.end_of_turn_id])
         if not after_turn.startswith(self._end_text):
             raise DataError("chat template: an assistant turn does not end with one special token")
-        encode = self.tokenizer
-        after_end = after_turn[len(self._end_text) :]
-        self._open = encode(after_end, add_special_tokens=False)["input_ids"]
-        self._between = encode(between, add_special_tokens=False)["input_ids"]
-        self._close = encode(close, add_special_tokens=False)["input_ids"]
+        opening_glue = self._glue(after_turn[len(self._end_text) :])
+        leading = self.plain_ids(opening_glue.before)
+        self._open = replace(opening_glue, control_ids=leading + opening_glue.control_ids)
+        self._between = self._glue(between)
+        closing_glue = self._glue(close)
+        trailing = self.plain_ids(closing_glue.after)
+        self._close = replace(closing_glue, control_ids=closing_glue.control_ids + trailing)
+
+    def _glue(self, text: str) -> _Glue:
+        """Cut template text at its first and last added token."""
+        added = self.tokenizer.get_added_vocab()
+        starts = [text.find(token) for token in added if token in text]
+        ends = [text.rfind(token) + len(token) for token in added if token in text]
+        if not starts:
+            raise DataError(f"chat template: no control token in {text!r}, next to a tool result")
+        first, last = min(starts), max(ends)
+        ids = self.tokenizer(text[first:last], add_special_tokens=False)["input_ids"]
+        return _Glue(text[:first], ids, text[last:])
 
 
 def _without_added_tokens(tokenizer: Any) -> Tokenizer:

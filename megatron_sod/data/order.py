@@ -27,12 +27,14 @@ class PromptOrder:
                 f"train.train_batch_size {count} exceeds the {self.num_prompts} usable prompts; "
                 "lower it or add data"
             )
-        drawn: list[int] = []
-        while len(drawn) < count:
-            epoch, offset = divmod(position + len(drawn), self.num_prompts)
-            drawn.append(self._epoch(epoch)[offset])
-        if len(set(drawn)) < count:  # the batch spans two epochs and met a prompt twice
-            spare = (i for i in self._epoch(position // self.num_prompts) if i not in set(drawn))
+        epoch, offset = divmod(position, self.num_prompts)
+        first = self._epoch(epoch)
+        drawn = first[offset : offset + count]
+        if len(drawn) < count:
+            drawn += self._epoch(epoch + 1)[: count - len(drawn)]
+        met = set(drawn)
+        if len(met) < count:  # the batch spans two epochs and met a prompt twice
+            spare = (i for i in first if i not in met)
             seen: set[int] = set()
             for place, index in enumerate(drawn):
                 drawn[place] = next(spare) if index in seen else index

@@ -81,8 +81,10 @@ def load_conversations(sources: list[str], *, seed: int) -> Iterator[list[dict]]
             yield from tiny_world.conversations(count, seed=seed, num_operations=_operations(match))
             continue
         for row, origin in _rows(source):
-            if not isinstance(row.get("messages"), list):
-                raise DataError(f"{origin}: no list `messages`; found keys {sorted(row)}")
+            if not _is_chat(row.get("messages")):
+                raise DataError(
+                    f"{origin}: no list `messages` of role and content; found keys {sorted(row)}"
+                )
             yield row["messages"]
 
 
@@ -96,13 +98,30 @@ def _prompt(
                 "and data.answer_key to this file's columns"
             )
     question = row[prompt_key]
-    messages = question if isinstance(question, list) else [{"role": "user", "content": question}]
+    messages = [{"role": "user", "content": question}] if isinstance(question, str) else question
+    if not _is_chat(messages):
+        raise DataError(
+            f"{origin}: {prompt_key!r} must be text or a list of messages with role and content; "
+            f"found {question!r:.80}"
+        )
     return Prompt(
         prompt_id=prompt_id,
         token_ids=chat.prompt_ids(messages),
         answer=str(row[answer_key]),
-        data_source=str(row.get("data_source", "")),
+        data_source=str(row.get("data_source") or ""),
         messages=messages,
+    )
+
+
+def _is_chat(messages: Any) -> bool:
+    return (
+        isinstance(messages, list)
+        and bool(messages)
+        and all(
+            isinstance(m, dict) and isinstance(m.get("role"), str) and "content" in m
+            for m in messages
+        )
+        and isinstance(messages[0]["content"], str)
     )
 
 
@@ -126,20 +145,27 @@ def _rows(source: str) -> Iterator[tuple[dict, str]]:
             f"data file {source}: no such file; give a .jsonl or .parquet path, or "
             "tiny_world:SPLIT:COUNT"
         )
-    if path.suffix == ".parquet":
-        import pyarrow.parquet
+    yield from _parquet_rows(path) if path.suffix == ".parquet" else _jsonl_rows(path)
 
-        for number, row in enumerate(pyarrow.parquet.read_table(path).to_pylist(), 1):
-            yield row, f"{path} row {number}"
-    else:
-        yield from _jsonl_rows(path)
+
+def _parquet_rows(path: Path) -> Iterator[tuple[dict, str]]:
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.read_table(path)
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{path}: not a readable Parquet file ({error})") from error
+    for number, row in enumerate(table.to_pylist(), 1):
+        yield row, f"{path} row {number}"
 
 
 def _jsonl_rows(path: Path) -> Iterator[tuple[dict, str]]:
-    with path.open(encoding="utf-8") as lines:
+    with path.open(encoding="utf-8-sig", errors="surrogateescape") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
+            if not line.isascii() and any("\udc80" <= c <= "\udcff" for c in line):
+                raise DataError(f"{path} row {number}: not UTF-8 text; convert the file")
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:

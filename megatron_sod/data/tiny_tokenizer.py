@@ -13,6 +13,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import PreTrainedTokenizerFast
 
 from megatron_sod.data import tiny_world
+from megatron_sod.errors import DataError
 
 CONTROL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 MARKUP_TOKENS = (
@@ -50,6 +51,8 @@ def train_tiny_tokenizer(vocab_size: int = 384, *, num_conversations: int = 400)
 
     Returns:
         PreTrainedTokenizerFast with exactly `vocab_size` ids.
+    Raises:
+        DataError: the conversations are too uniform for so many tokens.
     """
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
@@ -74,6 +77,11 @@ def train_tiny_tokenizer(vocab_size: int = 384, *, num_conversations: int = 400)
     )
     tokenizer.add_special_tokens({"additional_special_tokens": list(CONTROL_TOKENS)})
     tokenizer.add_tokens(list(MARKUP_TOKENS))
+    if len(tokenizer) != vocab_size:
+        raise DataError(
+            f"tiny tokenizer: the generated conversations give {len(tokenizer)} tokens; "
+            f"{vocab_size} were asked for"
+        )
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 
