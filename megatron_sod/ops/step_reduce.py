@@ -6,6 +6,8 @@ T tokens, N trajectories, K steps. Same meaning as `algorithm.packed_step_diverg
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 
@@ -42,8 +44,9 @@ def packed_step_weights(
         counts_NK [N, K] float64; token weights [T], 0 on tokens that are not counted.
     Distributed: one all-reduce of [2, N * K] float64 over `group`.
     """
-    options = dict(delta=delta, epsilon=epsilon)
-    extras = dict(policy=policy, wrong_BK=wrong_NK, d_floor=d_floor, w_min=w_min)
+    options: dict[str, Any] = dict(
+        delta=delta, epsilon=epsilon, policy=policy, wrong_BK=wrong_NK, d_floor=d_floor, w_min=w_min
+    )
     if values_T.dtype == torch.float64:
         gap_T = values_T if teacher_values_T is None else (values_T - teacher_values_T).abs()
         d_NK, counts_NK = packed_step_divergence(
@@ -51,7 +54,7 @@ def packed_step_weights(
         )
         valid_NK = valid_steps(d_NK, counts_NK)
         d_NK = torch.where(valid_NK, d_NK, 0.0)
-        w_NK = step_weights(d_NK, valid_NK, **options, **extras)
+        w_NK = step_weights(d_NK, valid_NK, **options)
         return d_NK, w_NK, counts_NK, token_weights(w_NK, step_ids_T, trajectory_ids_T)
 
     step_ids_T = step_ids_T.contiguous()
@@ -71,7 +74,7 @@ def packed_step_weights(
     counts_NK = sums[1].reshape(num_trajectories, max_steps)
     if policy != "sod" or d_floor is not None or w_min is not None:
         usable_NK = torch.isfinite(sums[0].reshape(d_NK.shape)).all(dim=1, keepdim=True)
-        w_NK = step_weights(d_NK, (counts_NK > 0) & usable_NK, **options, **extras)
+        w_NK = step_weights(d_NK, (counts_NK > 0) & usable_NK, **options)
     w_T = torch.ops.sod.step_gather(w_NK, step_ids_T, trajectory_ids_T)
     return d_NK, w_NK, counts_NK, w_T
 

@@ -9,7 +9,6 @@ import pytest
 BENCH = Path(__file__).resolve().parents[2] / "kernels" / "bench" / "instructions.py"
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(
     shutil.which("valgrind") is None or shutil.which("c++") is None,
     reason="needs valgrind and a C++ compiler",

@@ -6,7 +6,13 @@ from contextlib import contextmanager
 
 import torch
 
-from megatron_sod.ops import dispatch, divergence
+from megatron_sod.ops import (
+    differentiable_divergence,
+    dispatch,
+    divergence,
+    vocab_parallel_divergence,
+)
+from megatron_sod.ops.reference import reference_divergence
 
 FIELDS = ("student_logprobs", "reverse_kl", "forward_kl", "student_entropy", "jsd")
 ALL_FIELDS = (*FIELDS, "teacher_logprobs", "teacher_entropy")
@@ -47,3 +53,22 @@ def weighted_sum(stats, seed=1):
         if value is not None:
             total = total + (coefficient[: value.shape[0]].to(value.dtype) * value).sum()
     return total
+
+
+def measured(student, teacher, targets, vocab=37, **options):
+    return vocab_parallel_divergence(
+        student, teacher, targets, vocab_start=0, vocab_size=vocab, **options
+    )
+
+
+def live(student, teacher, targets, vocab=37, **options):
+    return differentiable_divergence(
+        student, teacher, targets, vocab_start=0, vocab_size=vocab, **options
+    )
+
+
+def oracle_gradient(student, teacher, targets, vocab=37, **options):
+    student = student.double().requires_grad_()
+    stats = reference_divergence(student, teacher, targets, vocab_size=vocab, **options)
+    weighted_sum(stats).backward()
+    return student.grad
