@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -24,6 +25,8 @@ def group_advantages(
         valid: [N] False removes a trajectory from the statistics.
     Returns:
         [N] float32.
+    Raises:
+        ValueError: lengths differ, or the reward of a valid trajectory is not finite.
     Source: algorithm as in DeepSeekMath (GRPO); the exact zero is ours, because float32 mean and
         std leave +-0.056 for constant rewards such as 1/3.
     """
@@ -38,6 +41,12 @@ def group_advantages(
         if valid[index]:
             members.setdefault(group, []).append(index)
     for indices in members.values():
+        for i in indices:
+            if not math.isfinite(rewards[i]):
+                raise ValueError(
+                    f"trajectory {i} of group {group}: reward {rewards[i]} is not a finite number; "
+                    "correct the reward function, or mark the trajectory as not valid"
+                )
         values = torch.tensor([rewards[i] for i in indices], dtype=torch.float64)
         if len(indices) < 2 or values.max() == values.min():
             continue

@@ -45,10 +45,7 @@ def _step_credit(
     distill: DistillConfig,
 ) -> StepCredit:
     options = distill.step_weight
-    if options.source == "sampled":
-        values = [(s.student_logprobs - s.teacher_logprobs).abs() for s in scores]
-    else:
-        values = [s.reverse_kl for s in scores]
+    values = [_token_divergence(score, options.source) for score in scores]
     max_steps = max((t.steps[-1].step_id for t in batch.trajectories if t.steps), default=1)
     divergence, counts = packed_step_divergence(
         torch.cat(values).cpu(),
@@ -71,6 +68,14 @@ def _step_credit(
     return StepCredit(divergence, weights, valid)
 
 
+def _token_divergence(score: TokenScores, source: str) -> torch.Tensor:
+    """[R] what d_k averages, nats."""
+    assert score.teacher_logprobs is not None and score.reverse_kl is not None, "no teacher scores"
+    if source == "sampled":
+        return (score.student_logprobs - score.teacher_logprobs).abs()
+    return score.reverse_kl
+
+
 def _wrong_steps(batch: TrainingBatch, max_steps: int) -> torch.Tensor:
     wrong = torch.zeros(len(batch.trajectories), max_steps, dtype=torch.bool)
     for index, trajectory in enumerate(batch.trajectories):
@@ -87,18 +92,21 @@ def _token_credit(
     config: SodConfig,
 ) -> TokenCredit:
     rows = score.student_logprobs
-    advantages = config.grpo.coef * batch.group_advantages.to(rows.device)[
-        micro_batch.trajectory_ids.to(rows.device)
-    ].to(rows.dtype)
+    owners = micro_batch.trajectory_ids.cpu()
+    advantages = config.grpo.coef * batch.group_advantages[owners].to(rows)
     log_ratios = weights = torch.zeros_like(rows)
     if steps is not None:
+        assert score.teacher_logprobs is not None, "no teacher scores"
+        # A score that is not finite removes its trajectory: no step of it is valid.
+        usable = steps.valid.any(dim=1)[owners].to(rows.device)
+        advantages = torch.where(usable, advantages, 0.0)
         log_ratios = score.teacher_logprobs - score.student_logprobs
         if config.distill.log_ratio_clip is not None:
             log_ratios = log_ratios.clamp(
                 -config.distill.log_ratio_clip, config.distill.log_ratio_clip
             )
         weights = config.distill.coef * token_weights(
-            steps.step_weights, micro_batch.step_ids.cpu(), micro_batch.trajectory_ids.cpu()
+            steps.step_weights, micro_batch.step_ids.cpu(), owners
         ).to(rows)
         log_ratios = torch.where(weights > 0, log_ratios, 0.0)  # a dropped step may hold a NaN
         if config.distill.loss == "sampled_advantage":

@@ -9,6 +9,7 @@ import re
 
 import pytest
 
+from megatron_sod.data import tiny_world
 from megatron_sod.data.tiny_world import (
     MAX_ABS_VALUE,
     SPLITS,
@@ -103,12 +104,14 @@ def test_tasks_do_not_depend_on_the_hash_seed_or_global_random_state():
     assert [t.question for t in generate_tasks("heldout", 5, seed=0)] == first
 
 
-def test_an_unknown_split_and_too_many_tasks_are_refused():
+def test_an_unknown_split_and_too_many_tasks_are_refused(monkeypatch):
     with pytest.raises(DataError, match="unknown split 'test'"):
         generate_tasks("test", 1, seed=0)
-    # one operation: 90 first numbers x (2 x 90 + 8) operations = 16,920, of which a fifth
-    with pytest.raises(DataError, match="only 3.* distinct heldout tasks"):
-        generate_tasks("heldout", 3700, seed=0, num_operations=(1, 1))
+    # one operation: 90 first numbers x (2 x 90 + 8) operations = 16,920 expressions; of these
+    # 2 / 256, about 132, are held out when the share is one in 255
+    monkeypatch.setattr(tiny_world, "HELDOUT_SHARE", 255)
+    with pytest.raises(DataError, match=r"only \d+ distinct heldout tasks"):
+        generate_tasks("heldout", 200, seed=0, num_operations=(1, 1))
 
 
 def test_a_conversation_without_failures_alternates_calls_and_results():
