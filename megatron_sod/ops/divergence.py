@@ -223,8 +223,8 @@ def _coefficients(given: dict, rows: torch.Tensor, mix: torch.Tensor | None) -> 
     """[T, 6] upstream gradients of the row's statistics, in the order of ops.stats, and its mix."""
     zero = rows.new_zeros(rows.shape[0])
     names = ["student_logprobs", "reverse_kl", "forward_kl", "student_entropy", "jsd"]
-    columns = [given.get(name) for name in names]
-    columns = [zero if c is None else c.to(rows.dtype) for c in columns]
+    asked = [given.get(name) for name in names]
+    columns = [zero if c is None else c.to(rows.dtype) for c in asked]
     return torch.stack([*columns, zero if mix is None else mix], dim=1)
 
 

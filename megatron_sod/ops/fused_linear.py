@@ -129,9 +129,9 @@ class _FusedLinear(torch.autograd.Function):
             collected.append(stats)
             total += loss.to(dtype)
             # `student` now holds the gradient of its own logits
-            if want_hidden:
+            if hidden_grad is not None:
                 hidden_grad[rows] = student @ head
-            if want_head:
+            if head_grad is not None:
                 _add_head_gradient(head_grad, student, hidden[rows])
         ctx.heads, ctx.head = heads, head
         ctx.save_for_backward(hidden_grad, head_grad)
@@ -163,7 +163,7 @@ def active_rows(target_ids_T: torch.Tensor) -> torch.Tensor:
 
 def _chunk_logits(hidden, teacher_hidden, rows, heads: HeadPair):
     student = hidden[rows] @ heads.student_head_VpH.detach().t()
-    if teacher_hidden is None:
+    if teacher_hidden is None or heads.teacher_head_VpG is None:
         return student, None
     return student, teacher_hidden[rows] @ heads.teacher_head_VpG.detach().t()
 
@@ -184,7 +184,7 @@ def _chunk_backward(student, teacher, targets, rows, heads: HeadPair, loss_fn: L
             torch.autograd.grad(loss, logits)
         else:
             student.zero_()  # nothing in the loss depends on the logits
-    return loss.detach(), _map_fields(stats, torch.Tensor.detach)
+    return loss.detach(), stats.detached()
 
 
 def _add_head_gradient(head_grad, logits_grad, hidden) -> None:
@@ -212,10 +212,6 @@ def _deliver_head_gradient(head, head_grad, upstream) -> torch.Tensor:
     return head.new_zeros(1).expand(head.shape)
 
 
-def _map_fields(stats: DivergenceStats, fn) -> DivergenceStats:
-    return DivergenceStats(**{k: None if v is None else fn(v) for k, v in vars(stats).items()})
-
-
 def _scattered(chunks, rows_A, target_ids_T, heads: HeadPair, dtype) -> DivergenceStats:
     """Chunk statistics back to [T]; rows without loss are exactly 0."""
     names = ["student_logprobs", "student_entropy"]
@@ -241,7 +237,7 @@ def _check(hidden, teacher_hidden, targets, heads: HeadPair) -> None:
         )
     if (teacher_hidden is None) != (teacher_head is None):
         raise OpError("teacher hidden states and the teacher's head come together or not at all")
-    if teacher_hidden is not None and (
+    if teacher_head is not None and (
         teacher_hidden.shape != (hidden.shape[0], teacher_head.shape[1])
     ):
         raise OpError(

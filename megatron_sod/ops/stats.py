@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -52,6 +53,11 @@ class DivergenceStats:
     student_entropy: torch.Tensor | None = None
     teacher_entropy: torch.Tensor | None = None
     jsd: torch.Tensor | None = None
+
+    def detached(self) -> DivergenceStats:
+        """The same numbers without their gradients."""
+        fields: dict[str, Any] = {k: v if v is None else v.detach() for k, v in vars(self).items()}
+        return DivergenceStats(**fields)
 
 
 def merge_partials(partials_RTN: torch.Tensor) -> torch.Tensor:

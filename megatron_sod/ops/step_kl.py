@@ -104,8 +104,9 @@ def step_weighted_kl(
         jsd_beta=jsd_beta if divergence == "jsd" else None,
         inplace=inplace,
     )
-    stats = _detached(live)
+    stats = live.detached()
     sampled = step_source == "sampled"
+    assert stats.reverse_kl is not None, "a teacher was given, so its divergences exist"
     # a token without a target is in no mean, whatever its step id says
     counted_T = torch.where(target_ids_T >= 0, step_ids_T, 0)
     d_NK, w_NK, counts_NK, w_T = packed_step_weights(
@@ -139,7 +140,3 @@ def _sizes(step_ids_T, trajectory_ids_T, num_trajectories, max_steps, cp_group) 
         num_trajectories = rows if num_trajectories is None else num_trajectories
         max_steps = steps if max_steps is None else max_steps
     return num_trajectories, max_steps
-
-
-def _detached(live: DivergenceStats) -> DivergenceStats:
-    return DivergenceStats(**{k: None if v is None else v.detach() for k, v in vars(live).items()})
