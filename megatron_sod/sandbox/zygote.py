@@ -151,7 +151,7 @@ class Zygote:
                 raise BrokenPipeError("the guest process is gone or the sandbox closed")
             socket.send_fds(self._socket, [str(slot).encode()], descriptors)
 
-    def is_dead(self, wait_s=0.5):
+    def is_dead(self, wait_s=2.0):
         """Whether the process ended; it may be ending while its calls already have."""
         process = self._process
         if process is None:

@@ -132,13 +132,13 @@ def run_table(sandbox, host, names, level, is_shared):
     """{name: result as a dict}. The busy programs run two at a time, the waiting ones eight.
 
     A program that should have ended in time but was starved by its neighbours runs once more,
-    alone; nothing but a timeout is ever tried again.
+    alone and with more time; nothing but a timeout is ever tried again.
     """
     seen = {}
 
-    def run(name):
+    def run(name, limits=LIMITS):
         case = ALL[name]
-        return dataclasses.asdict(sandbox.run(host.fill(case.code), case.stdin))
+        return dataclasses.asdict(sandbox.run(host.fill(case.code), case.stdin, limits=limits))
 
     busy = [name for name in names if name in BUSY]
     waiting = [name for name in names if name not in BUSY]
@@ -150,7 +150,7 @@ def run_table(sandbox, host, names, level, is_shared):
     for name, result in list(results.items()):
         starved = result["outcome"] == "timeout" and level in ALL[name].levels
         if starved and not ALL[name].holds(result, level, is_shared, seen):
-            results[name] = run(name)
+            results[name] = run(name, dataclasses.replace(LIMITS, timeout_s=10.0))
     return results
 
 
