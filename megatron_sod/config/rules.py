@@ -65,6 +65,13 @@ def _roles(config: SodConfig) -> Iterator[str]:
         yield f"method {config.method} distils from a teacher; give teacher.path or use method=grpo"
     if config.distill.coef == 0 and config.grpo.coef == 0:
         yield "grpo.coef and distill.coef are both 0: nothing would be learnt; raise one"
+    replicas = config.cluster.world_size // config.student.parallel.model_parallel_size
+    if config.distill.step_weight.d_floor is not None and replicas > 1:
+        yield (
+            "distill.step_weight.d_floor is a quantile over one rank's trajectories, and this "
+            f"layout has {replicas} data-parallel ranks: w_k would depend on the layout; set it to "
+            "null or raise the model-parallel size"
+        )
     if config.sandbox.kind == "sandbox_fusion" and not config.sandbox.url:
         yield "sandbox.kind sandbox_fusion needs sandbox.url, a list of service addresses"
     if config.reward.kind == "import" and not config.reward.function:

@@ -156,8 +156,9 @@ class TrainConfig(Section):
     ppo_mini_batch_size: int = Field(16, gt=0, description="prompts per optimizer step")
     tokens_per_micro_batch: int = Field(23040, gt=0)
     lr: float = Field(1e-6, ge=0)
-    lr_warmup_steps: int = Field(
-        0, ge=0, description="optimizer steps over which lr rises from 0; then it is constant"
+    lr_warmup_steps: int = Field(0, ge=0, description="optimizer steps over which lr rises from 0")
+    lr_decay_style: Literal["constant", "linear"] = Field(
+        "constant", description="linear: falls to 0 with the last optimizer step"
     )
     weight_decay: float = Field(0.01, ge=0)
     adam_beta1: float = Field(0.9, ge=0, lt=1)

@@ -18,9 +18,14 @@ if TYPE_CHECKING:
 _SUMS = ("loss", "ppo_kl", "clip_fraction", "rows")
 
 
-def warmed_up_lr(train: TrainConfig, num_steps_done: int) -> float:
-    """Rises linearly over `lr_warmup_steps`, then stays: the first Adam steps have unit size."""
-    return train.lr * min(1.0, (num_steps_done + 1) / max(train.lr_warmup_steps, 1))
+def learning_rate(train: TrainConfig, num_steps_done: int) -> float:
+    """Of the next optimizer step: a linear rise (Adam's first steps have unit size), then constant
+    or a linear fall."""
+    lr = train.lr * min(1.0, (num_steps_done + 1) / max(train.lr_warmup_steps, 1))
+    if train.lr_decay_style == "linear":
+        per_iteration = train.train_batch_size // train.ppo_mini_batch_size
+        lr *= max(0.0, 1.0 - num_steps_done / (train.num_iterations * per_iteration))
+    return lr
 
 
 def update(
@@ -38,7 +43,7 @@ def update(
     sums = torch.zeros(len(_SUMS), dtype=torch.float64, device=device())
     grad_norms, num_skipped, start = [], 0, 0
     for number, mini_batch in enumerate(batch.mini_batches):
-        lr = warmed_up_lr(session.config.train, session.progress.num_optimizer_steps + number)
+        lr = learning_rate(session.config.train, session.progress.num_optimizer_steps + number)
         student.set_lr(lr)
         end = start + len(mini_batch.micro_batches)
         loss_fn = make_loss_fn(
