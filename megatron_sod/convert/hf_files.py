@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from megatron_sod.errors import ModelError
@@ -24,6 +24,7 @@ SIDE_FILES = (
     "merges.txt",
     "tokenizer.model",
 )
+_INDEX = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 4 * 1024**3
 
 
@@ -38,7 +39,7 @@ class HfTensors:
                 f"model directory {model_dir}: no *.safetensors there; convert the weights to "
                 "safetensors (transformers: model.save_pretrained) first"
             )
-        self._handles = [safe_open(path, framework="pt") for path in files]
+        self._handles = [_open(path) for path in files]
         self._file_of = {name: handle for handle in self._handles for name in handle.keys()}
 
     def names(self) -> list[str]:
@@ -59,6 +60,15 @@ class HfTensors:
                 "architecture its config.json names"
             )
         return self._file_of[name].get_slice(name)
+
+
+def _open(path: Path):
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise ModelError(f"{path}: not a complete safetensors file ({error}); copy it again") from (
+            error
+        )
 
 
 def write_hf_directory(
@@ -101,8 +111,8 @@ def write_hf_directory(
 
 
 def _rename_shards(out: Path, written: list[Path], weight_map: dict[str, int], total: int) -> None:
-    for stale in out.glob("*.safetensors"):
-        stale.unlink()
+    for stale in [*out.glob("*.safetensors"), out / _INDEX]:
+        stale.unlink(missing_ok=True)  # a stale index would name shards that are gone
     if len(written) == 1:
         written[0].rename(out / "model.safetensors")
         return
@@ -113,7 +123,7 @@ def _rename_shards(out: Path, written: list[Path], weight_map: dict[str, int], t
         "metadata": {"total_size": total},
         "weight_map": {tensor: names[shard] for tensor, shard in weight_map.items()},
     }
-    (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    (out / _INDEX).write_text(json.dumps(index, indent=2))
 
 
 def copy_side_files(source: str | Path, out: Path) -> None:

@@ -9,6 +9,14 @@ from pathlib import Path
 from megatron_sod.errors import ModelError
 
 SUPPORTED = {"Qwen3ForCausalLM": "qwen3"}
+_SIZES = (
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "vocab_size",
+    "max_position_embeddings",
+)
 
 
 @dataclass(frozen=True)
@@ -63,7 +71,8 @@ def geometry_from_hf(config: dict, *, source: str = "config.json") -> Geometry:
     """Read the geometry out of a parsed config.json.
 
     Raises:
-        ModelError: an architecture this package has no mapping for.
+        ModelError: an architecture this package has no mapping for, a missing size, or an option
+            with which the model would compute something else.
     """
     architecture = (config.get("architectures") or ["?"])[0]
     if architecture not in SUPPORTED:
@@ -72,8 +81,13 @@ def geometry_from_hf(config: dict, *, source: str = "config.json") -> Geometry:
             f"{sorted(SUPPORTED)}; a new one is added in megatron_sod/model/geometry.py and "
             "megatron_sod/convert/layout.py"
         )
+    if missing := [key for key in _SIZES if config.get(key) is None]:
+        raise ModelError(f"{source}: no value for {', '.join(missing)}; restore the file")
+    if problem := _unsupported_option(config):
+        raise ModelError(f"{source}: {problem} is not supported; use a model without it")
     heads = config["num_attention_heads"]
     rope = config.get("rope_parameters") or {}
+    head_dim = config.get("head_dim", 128)  # Qwen3's default is not hidden_size / heads
     return Geometry(
         family=SUPPORTED[architecture],
         num_layers=config["num_hidden_layers"],
@@ -81,7 +95,7 @@ def geometry_from_hf(config: dict, *, source: str = "config.json") -> Geometry:
         ffn_hidden_size=config["intermediate_size"],
         num_attention_heads=heads,
         num_query_groups=config.get("num_key_value_heads") or heads,
-        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+        head_dim=head_dim or config["hidden_size"] // heads,
         vocab_size=config["vocab_size"],
         tied_embeddings=bool(config.get("tie_word_embeddings", False)),
         qk_norm=True,
@@ -91,6 +105,19 @@ def geometry_from_hf(config: dict, *, source: str = "config.json") -> Geometry:
         initializer_range=config.get("initializer_range", 0.02),
         qkv_bias=bool(config.get("attention_bias", False)),
     )
+
+
+def _unsupported_option(config: dict) -> str | None:
+    """An option that changes what the model computes and that build.py does not carry over."""
+    for key in ("rope_scaling", "rope_parameters"):
+        options = config.get(key) or {}
+        kind = options.get("rope_type", options.get("type", "default"))
+        if kind != "default":
+            return f"{key} of type {kind!r}"
+    if config.get("use_sliding_window"):
+        return "sliding window attention (use_sliding_window)"
+    activation = config.get("hidden_act", "silu")
+    return None if activation == "silu" else f"hidden_act {activation!r}"
 
 
 def load_geometry(model_dir: str | Path) -> Geometry:

@@ -84,9 +84,8 @@ class PieceReader:
         """(name, whole tensor) for every HF tensor; the copy is private to the caller."""
         for name, shape in self._shapes.items():
             held = self._pieces.get(name, [])
-            covered = sum(piece.shape[piece.dim] for piece in held)
-            if not held or covered != shape[held[0].dim]:
-                extent = shape[held[0].dim] if held else shape[0]
+            covered, extent = _covered(held), shape[held[0].dim] if held else shape[0]
+            if covered != extent:
                 raise ValueError(
                     f"weight transfer: the trainer offers {covered} of {extent} indices of {name}"
                 )
@@ -101,6 +100,15 @@ class PieceReader:
             with open(path, "r+b") as file:
                 self._maps[path] = mmap.mmap(file.fileno(), 0)
         return self._maps[path]
+
+
+def _covered(pieces: list[Piece]) -> int:
+    """How many indices the pieces cover; indices offered twice count once."""
+    end = covered = 0
+    for start, stop in sorted((p.start, p.start + p.shape[p.dim]) for p in pieces):
+        covered += max(0, stop - max(start, end))
+        end = max(end, stop)
+    return covered
 
 
 def as_dicts(pieces: Iterable[Piece]) -> list[dict]:
