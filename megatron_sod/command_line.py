@@ -14,7 +14,8 @@ from pydantic import BaseModel
 from megatron_sod.config.load import to_yaml
 from megatron_sod.errors import PeerFailed, SodError
 
-_PATIENCE_S = 60.0
+_PATIENCE_S = 8.0
+_PEER_PATIENCE_S = 60.0
 
 
 def run_training(doc: str | None, load: Callable[..., BaseModel], entry: str) -> None:
@@ -39,7 +40,11 @@ def run_training(doc: str | None, load: Callable[..., BaseModel], entry: str) ->
 
 
 class user_errors:
-    """Shows a SodError as one message and exits with 1; anything else keeps its traceback."""
+    """Shows a SodError as one message and exits with 1; anything else keeps its traceback.
+
+    Ranks other than 0 wait first: when rank 0 failed for the same reason, torchrun ends them and
+    the message appears once.
+    """
 
     def __enter__(self) -> None: ...
 
@@ -47,9 +52,10 @@ class user_errors:
         if not isinstance(error, SodError):
             return
         rank = os.environ.get("RANK", "0")
-        if isinstance(error, PeerFailed):  # torchrun ends us once rank 0 has said what happened
-            time.sleep(_PATIENCE_S)
-        prefix = "error" if rank == "0" else f"error (rank {rank})"
+        prefix = "error"
+        if rank != "0":
+            time.sleep(_PEER_PATIENCE_S if isinstance(error, PeerFailed) else _PATIENCE_S)
+            prefix = f"error (rank {rank})"
         print(f"{prefix}: {error}", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(1)  # other threads and half-open process groups must not keep the rank alive

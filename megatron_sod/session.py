@@ -70,7 +70,7 @@ def open_session(config: SodConfig) -> Iterator[Session]:
     """Check the inputs, start every process, load models and the latest checkpoint."""
     torch.manual_seed(config.seed)
     with contextlib.ExitStack() as closing:
-        inputs = _Inputs(config)  # before anything is started
+        inputs = Inputs(config)  # before anything is started
         state.initialize(config.student.parallel, seed=config.seed)
         closing.callback(state.shutdown)
         groups = state.process_groups()
@@ -114,7 +114,7 @@ def open_session(config: SodConfig) -> Iterator[Session]:
         )
 
 
-class _Inputs:
+class Inputs:
     """Geometries, tokenizer and prompts, checked against each other and the configuration."""
 
     def __init__(self, config: SodConfig):
