@@ -7,6 +7,7 @@ import importlib
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable
 
 from pydantic import BaseModel
@@ -35,6 +36,9 @@ def run_training(doc: str | None, load: Callable[..., BaseModel], entry: str) ->
         if arguments.print_config:
             print(to_yaml(config), end="")
             return
+        # Megatron says at every import what it does without Transformer-Engine and Apex; the
+        # doctor says it once.
+        warnings.filterwarnings("ignore", module=r"megatron\.core|torch\.")
         module, _, function = entry.partition(":")
         getattr(importlib.import_module(module), function)(config)
 
