@@ -78,7 +78,7 @@ def _weight(parameter: torch.nn.Parameter) -> torch.Tensor:
 
 def main_grad(parameter: torch.nn.Parameter) -> torch.Tensor:
     """The accumulated gradient, for `gather_hf_tensors(..., value_of=main_grad)`."""
-    return parameter.main_grad
+    return parameter.main_grad  # type: ignore[attr-defined]  # Megatron's DDP sets it
 
 
 def owned_segments(
@@ -101,16 +101,20 @@ def owned_segments(
         if replicated and tp.rank() != 0:
             continue
         for segment in segments:
-            view = value_of(parameter).detach().narrow(segment.dim, segment.local_start, segment.length)
+            view = (
+                value_of(parameter)
+                .detach()
+                .narrow(segment.dim, segment.local_start, segment.length)
+            )
             yield segment, view
 
 
 def gather_hf_tensors(
     model: HiddenStateGPT, geometry: Geometry, value_of: ValueOf = _weight
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every HF tensor (or the gradient in its shape), assembled on global rank 0, one at a time; nothing on other ranks.
+    """Every HF tensor (or the gradient in its shape), assembled on global rank 0, one at a time.
 
-    A collective: all ranks must iterate to the end.
+    Nothing on other ranks. A collective: all ranks must iterate to the end.
     """
     mine: dict[str, list[tuple[Segment, torch.Tensor]]] = {}
     for segment, view in owned_segments(model, geometry, value_of):

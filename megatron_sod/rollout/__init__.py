@@ -1,1 +1,1 @@
-"""Trajectories: engines that sample, tools that run, the loop between them, and their controller."""
+"""Trajectories: engines that sample, tools that run, the loop between them, their controller."""

@@ -6,10 +6,12 @@ Token in, token out: sampled ids are kept as they are, only observation ids are 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from megatron_sod.data.chat import ChatFormat
+from megatron_sod.errors import RolloutError
 from megatron_sod.rollout.tool_calls import ToolCall, ToolCallParser
 from megatron_sod.rollout.tools import Observation, Tool
 from megatron_sod.rollout.trajectory_builder import TrajectoryBuilder
@@ -69,10 +71,16 @@ class AgentLoop:
             reason = await self._turn(builder, temperature, top_p, seed)
             if reason is not None:
                 break
-        reward = 0.0
+        reward = float("nan") if reason == "infra_error" else 0.0
         if reason == "answer":
-            reward = await self._grade(prompt, self._chat.decode(builder.last_turn))
-        return builder.finish(reason, float("nan") if reason == "infra_error" else reward)
+            final_turn = builder.last_turn[:-1]  # without the token that ended it
+            reward = await self._grade(prompt, self._chat.decode(final_turn))
+            if not math.isfinite(reward):
+                raise RolloutError(
+                    f"trajectory {trajectory_id}: the grader returned {reward}; a reward must be a "
+                    "finite number, so correct reward.function"
+                )
+        return builder.finish(reason, reward)
 
     async def _turn(self, builder, temperature: float, top_p: float, seed: int) -> str | None:
         """One turn and its tools; the finish reason when the trajectory ends here."""
@@ -122,17 +130,24 @@ class AgentLoop:
         ids = self._chat.plain_ids(text)
         if len(ids) <= limit:
             return text
-        mark = self._chat.plain_ids("\n...(truncated)...\n")
-        half = max(1, (limit - len(mark)) // 2)
-        return self._chat.decode(ids[:half] + mark + ids[-half:])
+        mark = "\n...(truncated)...\n"
+        half = max(1, (limit - len(self._chat.plain_ids(mark))) // 2)
+        while True:
+            # A cut inside a character leaves replacement characters, which are longer than it.
+            head = self._chat.decode(ids[:half]).rstrip("\ufffd")
+            tail = self._chat.decode(ids[-half:]).lstrip("\ufffd")
+            shortened = head + mark + tail
+            if half == 1 or len(self._chat.plain_ids(shortened)) <= limit:
+                return shortened
+            half -= 1
 
 
 def _worst(observations: list[Observation]) -> str:
-    """One outcome for the step: the first that is not ok."""
-    for observation in observations:
-        if observation.outcome != "ok":
-            return observation.outcome
-    return "ok"
+    """One outcome for the step: infra_error if there is one, else the first that is not ok."""
+    outcomes = [observation.outcome for observation in observations]
+    if "infra_error" in outcomes:
+        return "infra_error"
+    return next((outcome for outcome in outcomes if outcome != "ok"), "ok")
 
 
 def _seed(seed: int, trajectory_id: str, turn: int) -> int:

@@ -1,8 +1,9 @@
-"""The driver's side of rollouts: starts Ray, engines and workers, and talks to them. Rank 0 only."""
+"""The driver's side of rollouts, on rank 0: starts Ray, engines and workers, talks to them."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import time
 from collections.abc import Iterator
@@ -35,12 +36,14 @@ class RolloutController:
         start_ray()
         self._config = config
         options = _engine_options(config, model, load_weights)
-        remote_engine = ray.remote(
+        remote_engine = ray.remote(  # type: ignore[call-overload]
             num_cpus=0,
             max_concurrency=_ENGINE_CALLS_AT_ONCE,
             runtime_env={"env_vars": engine_environment(config.rollout.engine.kv_cache_gb)},
         )(Engine)
-        remote_worker = ray.remote(num_cpus=0, max_concurrency=8)(RolloutWorker)
+        remote_worker = ray.remote(  # type: ignore[call-overload]
+            num_cpus=0, max_concurrency=8
+        )(RolloutWorker)
         self.engines = [
             remote_engine.remote(options) for _ in range(config.rollout.engine.num_engines)
         ]
@@ -135,7 +138,7 @@ def start_ray() -> None:
             address=os.environ.get("RAY_ADDRESS"),
             include_dashboard=False if "RAY_ADDRESS" not in os.environ else None,
             log_to_driver=False,
-            logging_level="ERROR",
+            logging_level=logging.ERROR,
             namespace="megatron_sod",
         )
 

@@ -7,12 +7,15 @@ import re
 from collections.abc import Callable
 
 from megatron_sod.errors import ConfigError
+from megatron_sod.rollout.math_check import MathChecker
 from megatron_sod.types import Prompt
 
 Grader = Callable[[Prompt, str], float]
 
-_LAST_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
-_CONTROL = re.compile(r"<\|[a-z_]+\|>")
+# Commas only where they group thousands: "1,2" is a pair.
+_NUMBER = re.compile(r"(-?)((?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+))(?:\.([0-9]+))?")
+_COMMAND = re.compile(r"\\[A-Za-z]+")  # \text, \mathrm
+_MATH = MathChecker()
 
 
 def make_grader(kind: str, function: str | None = None) -> Grader:
@@ -56,18 +59,13 @@ def grade_math(prompt: Prompt, text: str) -> float:
     reference = _reference(prompt.answer)
     if _normalised(boxed) == _normalised(reference):
         return 1.0
-    from math_verify import parse, verify
-
-    # No timeouts: they use SIGALRM, which works in main threads only.
-    gold = parse(f"${reference}$", parsing_timeout=None)
-    given = parse(f"${boxed}$", parsing_timeout=None)
-    return float(bool(gold and given and verify(gold, given, timeout_seconds=None)))
+    return float(_MATH.equal(reference, boxed))
 
 
 def grade_choice(prompt: Prompt, text: str) -> float:
     """1 when the boxed letter is the reference letter."""
     boxed = last_boxed(text)
-    letters = re.findall(r"[A-Za-z]", boxed or "")
+    letters = re.findall(r"[A-Za-z]", _COMMAND.sub("", boxed or ""))
     return float(len(letters) == 1 and letters[0].upper() == prompt.answer.strip().upper())
 
 
@@ -86,10 +84,13 @@ def _reference(answer: str) -> str:
 
 
 def _normalised(answer: str) -> str:
-    answer = _CONTROL.sub("", answer).strip().rstrip(".").replace("\\dfrac", "\\frac")
-    if _LAST_NUMBER.fullmatch(answer):
-        number = float(answer.replace(",", ""))
-        return str(int(number)) if number.is_integer() else str(number)
+    """One spelling per number, digit by digit: floats would call distinct large numbers equal."""
+    answer = answer.strip().rstrip(".").replace("\\dfrac", "\\frac")
+    if match := _NUMBER.fullmatch(answer):
+        sign, whole, fraction = match.groups(default="")
+        whole, fraction = whole.replace(",", "").lstrip("0") or "0", fraction.rstrip("0")
+        number = f"{whole}.{fraction}" if fraction else whole
+        return number if number == "0" else sign + number
     return answer.replace(" ", "")
 
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from megatron_sod.data.tiny_world import TOOL_FAILURE_TEXT
+from megatron_sod.errors import SandboxError
+from megatron_sod.observe.progress import say
 from megatron_sod.rollout.tool_calls import ToolCall
 
 
@@ -47,15 +49,19 @@ class CodeInterpreter:
         if not isinstance(code, str):
             return Observation("Error: `code` must be a string of Python source", "malformed")
         loop = asyncio.get_running_loop()
-        result = await loop.run_in_executor(self._threads, self._run_with_retries, code)
-        return Observation(_text(result), result.outcome)
+        return await loop.run_in_executor(self._threads, self._run_with_retries, code)
 
-    def _run_with_retries(self, code: str):
+    def _run_with_retries(self, code: str) -> Observation:
+        """An infrastructure error that persists has no text: there is nothing to read in it."""
         for _ in range(self._retries + 1):
-            result = self._sandbox.run(code)
+            try:
+                result = self._sandbox.run(code)
+            except (SandboxError, OSError) as error:
+                say(f"sandbox: {error}")
+                continue
             if result.outcome != "infra_error":
-                break
-        return result
+                return Observation(_text(result), result.outcome)
+        return Observation("", "infra_error")
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
@@ -72,7 +78,8 @@ class FlakyTool:
         self._tool, self._failure_rate = tool, failure_rate
 
     async def call(self, call: ToolCall, *, call_id: str) -> Observation:
-        if random.Random(call_id).random() < self._failure_rate:
+        is_runnable = call.problem is None
+        if is_runnable and random.Random(call_id).random() < self._failure_rate:
             return Observation(TOOL_FAILURE_TEXT, "timeout")
         return await self._tool.call(call, call_id=call_id)
 

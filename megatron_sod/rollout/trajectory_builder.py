@@ -32,6 +32,9 @@ class TrajectoryBuilder:
         """Tokens the student sampled: the next step."""
         step = self.num_turns + 1
         count = len(token_ids)
+        assert len(logprobs) == count, (
+            f"{self.trajectory_id}: {len(logprobs)} logprobs for {count} sampled tokens"
+        )
         self.response += token_ids
         self._mask += [True] * count
         self._step_ids += [step] * count

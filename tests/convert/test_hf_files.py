@@ -1,7 +1,7 @@
 """Model directories on disk: shards, index, side files, and what is missing.
 
-Layer: pure, with files in a temporary folder. Which tensors there are: tests/convert/test_layout.py;
-that transformers loads the result: tests/model/test_build.py.
+Layer: pure, with files in a temporary folder. Which tensors there are:
+tests/convert/test_layout.py; that transformers loads the result: tests/model/test_build.py.
 """
 
 import json

@@ -1,0 +1,154 @@
+"""Graders against answers people and models write.
+
+Layer: pure, except that equality of formulas asks a helper process. That only the student's final
+turn is graded: tests/rollout/test_agent_loop.py.
+"""
+
+import os
+import signal
+import time
+
+import pytest
+
+from megatron_sod.errors import ConfigError
+from megatron_sod.rollout.math_check import MathChecker
+from megatron_sod.rollout.rewards import grade_auto, grade_math, last_boxed, make_grader
+from megatron_sod.types import Prompt
+
+
+def _grade(kind: str, reference: str, boxed: str, data_source: str = "") -> float:
+    prompt = Prompt("p", [1], reference, data_source)
+    return make_grader(kind)(prompt, f"so \\boxed{{{boxed}}}")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("\\boxed{7}", "7"),
+        ("\\boxed{1} no, \\boxed{2}", "2"),
+        ("\\boxed{\\frac{1}{2}} done", "\\frac{1}{2}"),
+        ("\\boxed{}", ""),
+        ("<think>\\boxed{1}</think>\\boxed{2}", "2"),
+        ("\\boxed{1}</think> I forgot the box", None),
+        ("</think>\\boxed{1}</think>", None),
+        ("\\boxed{1 + {2}", None),
+        ("no box", None),
+        ("", None),
+        ("boxed{3}", None),
+    ],
+)
+def test_the_last_box_after_the_last_thought_counts(text, expected):
+    assert last_boxed(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("reference", "boxed", "reward"),
+    [("504", "504", 1), ("504", " 504 ", 1), ("504", "504.0", 0), ("-4", "4", 0), ("7", "", 0)],
+)
+def test_exact_answers_are_compared_character_by_character(reference, boxed, reward):
+    assert _grade("exact", reference, boxed) == reward
+
+
+@pytest.mark.parametrize(
+    ("reference", "boxed", "reward"),
+    [
+        ("72", "72", 1),
+        ("72", "72.", 1),
+        ("72", "072", 1),
+        ("72", "72.00", 1),
+        ("72", "-72", 0),
+        ("0", "-0", 1),
+        ("1234567", "1,234,567", 1),
+        ("12", "1,2", 0),
+        ("#### 1,000".removeprefix("#### "), "1000", 1),
+        ("She has 3 x 4 = 12.\n#### 12", "12", 1),
+        ("She has 3 x 4 = 12.\n#### 12", "3", 0),
+        ("0.5", "0.50", 1),
+        ("9007199254740993", "9007199254740992", 0),  # equal as 64-bit floats
+        ("9007199254740993", "9007199254740993", 1),
+        ("1" * 400, "2" * 400, 0),  # both infinite as floats
+        ("\\dfrac{1}{2}", "\\frac{1}{2}", 1),
+        ("x + 1", "x+1", 1),
+    ],
+)
+def test_numbers_are_equal_when_their_digits_are(reference, boxed, reward):
+    assert _grade("math", reference, boxed) == reward
+
+
+@pytest.mark.parametrize(
+    ("reference", "boxed", "reward"),
+    [
+        ("0.5", "\\frac{1}{2}", 1),
+        ("\\frac{2}{4}", "0.5", 1),
+        ("x+1", "1+x", 1),
+        ("\\sqrt{8}", "2\\sqrt{2}", 1),
+        ("3", "\\frac{1}{2}", 0),
+        ("x", "\\frac{", 0),
+        ("3", "{}{{", 0),
+    ],
+)
+def test_formulas_are_compared_as_mathematics(reference, boxed, reward):
+    assert grade_math(Prompt("p", [1], reference, ""), f"\\boxed{{{boxed}}}") == reward
+
+
+def test_an_answer_that_cannot_be_evaluated_is_wrong_within_seconds():
+    checker = MathChecker(timeout_s=1.5)
+    assert checker.equal("x", "x")  # starts the helper
+    started = time.monotonic()
+    assert not checker.equal("7", "9^{9^{9^{9}}}")
+    assert 1 < time.monotonic() - started < 10
+    assert checker.equal("x + 1", "1 + x")  # a new helper serves the next answer
+
+
+def test_a_killed_helper_is_replaced():
+    checker = MathChecker()
+    assert checker.equal("x", "x")
+    assert checker._helper is not None
+    os.kill(checker._helper.pid, signal.SIGKILL)
+    checker._helper.wait()
+    assert checker.equal("x + 1", "1 + x")
+
+
+def test_an_endless_answer_is_not_given_to_the_helper():
+    checker = MathChecker()
+    assert not checker.equal("1", "1+" * 600)
+    assert checker._helper is None
+
+
+@pytest.mark.parametrize(
+    ("reference", "boxed", "reward"),
+    [
+        ("B", "B", 1),
+        ("B", "b", 1),
+        ("B", "(B)", 1),
+        ("B", "\\text{B}", 1),
+        ("b ", "B", 1),
+        ("B", "C", 0),
+        ("B", "AB", 0),
+        ("B", "", 0),
+    ],
+)
+def test_choices_are_compared_by_their_only_letter(reference, boxed, reward):
+    assert _grade("choice", reference, boxed) == reward
+
+
+def test_the_kind_follows_from_the_data():
+    assert _grade("auto", "4", "4.0", "tiny_world") == 0  # exact
+    assert _grade("auto", "4", "4.0", "gsm8k") == 1  # mathematics
+    assert _grade("auto", "C", "\\text{c}", "gpqa") == 1  # a letter
+    assert grade_auto(Prompt("p", [1], "4", "gsm8k"), "4") == 0  # no box
+
+
+def own_grader(prompt: Prompt, text: str) -> float:
+    return float(text == prompt.answer)
+
+
+def test_a_function_of_ones_own_can_grade():
+    grader = make_grader("import", "tests.rollout.test_rewards:own_grader")
+    assert grader(Prompt("p", [1], "4", ""), "4") == 1.0
+
+
+@pytest.mark.parametrize("function", ["nowhere:f", "math:nothing", "math", "", None])
+def test_a_function_that_cannot_be_imported_is_named(function):
+    with pytest.raises(ConfigError, match="module.path:function"):
+        make_grader("import", function)
