@@ -25,7 +25,14 @@ from megatron_sod.session import Session, open_session
 from megatron_sod.train.checkpoint import Progress
 from megatron_sod.train.loss import EXACT_LOSSES
 from megatron_sod.train.update import update
-from megatron_sod.types import MicroBatch, TrainingBatch, Trajectory
+from megatron_sod.types import (
+    MicroBatch,
+    StepCredit,
+    TokenCredit,
+    TokenScores,
+    TrainingBatch,
+    Trajectory,
+)
 
 
 def train(config: SodConfig) -> None:
@@ -57,7 +64,8 @@ def run_iteration(session: Session) -> dict[str, float]:
             temperature=config.rollout.temperature,
             keep_teacher_hidden=config.distill.loss in EXACT_LOSSES,
         )
-    credits, steps = [], None
+    credits: list[TokenCredit] = []
+    steps: StepCredit | None = None
     if session.is_last_stage:
         credits, steps = assign_credit(batch, micro_batches, scores, config)
     with clock("train"):
@@ -156,9 +164,9 @@ def _record(
     trajectories: list[Trajectory],
     batch: TrainingBatch,
     micro_batches: list[MicroBatch],
-    scores,
-    credits,
-    steps,
+    scores: list[TokenScores],
+    credits: list[TokenCredit],
+    steps: StepCredit | None,
 ) -> dict[str, float]:
     local = None
     if session.makes_records:

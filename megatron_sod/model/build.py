@@ -73,6 +73,11 @@ class HiddenStateGPT(GPTModel):
         return F.linear(self.select_rows(hidden_states, rows), self.head_weight())
 
 
+def unwrapped(module: torch.nn.Module) -> HiddenStateGPT:
+    """The model itself, also when DDP wraps it."""
+    return getattr(module, "module", module)  # type: ignore[arg-type]
+
+
 def transformer_config(
     geometry: Geometry, parallel: ParallelConfig, *, dtype: torch.dtype
 ) -> TransformerConfig:

@@ -7,7 +7,6 @@ import importlib.util
 import os
 import platform
 import shutil
-import sys
 from dataclasses import dataclass
 
 MIN_SHARED_MEMORY_GB = 1.0
@@ -32,10 +31,7 @@ def examine(*, selfcheck_sandbox: bool = True) -> list[Row]:
 
 
 def _python() -> Row:
-    version = platform.python_version()
-    if sys.version_info < (3, 11):
-        return Row("python", "problem", version, "use Python 3.11 or later", True)
-    return Row("python", "ok", version, is_required=True)
+    return Row("python", "ok", platform.python_version(), is_required=True)
 
 
 def _packages() -> list[Row]:

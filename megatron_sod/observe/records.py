@@ -138,7 +138,8 @@ def _sums(scores: list[TokenScores], credits: list[TokenCredit]) -> dict[str, fl
     """Sums over rows; divided by `rows` once all ranks are merged."""
     sums: dict[str, float] = {"rows": 0.0}
 
-    def add(name: str, values: torch.Tensor) -> None:
+    def add(name: str, values: torch.Tensor | None) -> None:
+        assert values is not None, f"{name} comes with a teacher"
         sums[name] = sums.get(name, 0.0) + float(values.double().sum())
 
     for score, credit in zip(scores, credits, strict=True):

@@ -89,7 +89,7 @@ class _Stream:
 
 def _patch_cuda_module() -> None:
     cuda = torch.cuda
-    cuda.current_device = lambda: "cpu"  # type: ignore[assignment]
+    cuda.current_device = lambda: "cpu"  # type: ignore[assignment,return-value]
     cuda.set_device = lambda device: None
     cuda.synchronize = lambda device=None: None
     cuda.Stream = _Stream  # type: ignore[misc,assignment]

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_sod.data.packing import PackItem, pack
+from megatron_sod.model.build import unwrapped
 from megatron_sod.parallel.state import is_last_stage
 from megatron_sod.scoring.score import score
 
@@ -22,7 +23,7 @@ def canary_sequences(vocab_size: int, length: int) -> list[list[int]]:
 
 def trainer_logprobs(student: torch.nn.Module, sequences: list[list[int]]) -> list[list[float]]:
     """Logprobs of each sequence's tokens but the first, on every rank. A collective."""
-    model = getattr(student, "module", student)
+    model = unwrapped(student)
     items = [
         PackItem(ids, [True] * len(ids), [1] * len(ids), [0.0] * len(ids), index)
         for index, ids in enumerate(sequences)

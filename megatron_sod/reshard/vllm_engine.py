@@ -51,7 +51,7 @@ class SharedPiecesEngine(WeightTransferEngine[SharedPiecesInit, SharedPiecesUpda
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: SharedPiecesUpdate) -> None:
-        self.model.load_weights(self._reader.tensors())
+        self.model.load_weights(self._reader.tensors())  # type: ignore[operator]
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
@@ -68,4 +68,4 @@ class SharedPiecesEngine(WeightTransferEngine[SharedPiecesInit, SharedPiecesUpda
             method.process_weights_after_loading(head)
 
     def shutdown(self) -> None:
-        self._reader = None
+        del self._reader

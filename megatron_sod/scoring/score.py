@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from megatron_sod.model.build import HiddenStateGPT
+from megatron_sod.model.build import HiddenStateGPT, unwrapped
 from megatron_sod.ops import vocab_parallel_divergence
 from megatron_sod.train.schedule import forward_only
 from megatron_sod.types import MicroBatch, TokenScores
@@ -37,19 +37,23 @@ def score(
         teacher_hidden = forward_only(
             teacher, micro_batches, lambda hidden, batch, _: teacher.select_rows(hidden, batch.rows)
         )
-    model: HiddenStateGPT = getattr(student, "module", student)
+    model = unwrapped(student)
 
     def rows_fn(hidden: torch.Tensor, batch: MicroBatch, number: int) -> TokenScores:
-        held = teacher_hidden[number] if teacher is not None else None
+        held = teacher_logits = None
+        if teacher is not None:
+            held = teacher_hidden[number]
+            teacher_logits = F.linear(held, teacher.head_weight())
         stats = vocab_parallel_divergence(
             model.output_logits(hidden, batch.rows),
-            None if teacher is None else F.linear(held, teacher.head_weight()),
+            teacher_logits,
             batch.targets,
             vocab_start=model.vocab_start,
             vocab_size=model.real_vocab_size,
             group=model.pg_collection.tp,
             temperature=temperature,
         )
+        assert stats.student_entropy is not None, "the op always gives the student's entropy"
         return TokenScores(
             student_logprobs=stats.student_logprobs,
             student_entropy=stats.student_entropy,

@@ -52,6 +52,7 @@ def _divergence(model, teacher, hidden, batch: MicroBatch, score: TokenScores, c
     exact = config.distill.coef > 0 and config.distill.loss in EXACT_LOSSES
     teacher_logits = None
     if exact:
+        assert score.teacher_hidden is not None, "score(keep_teacher_hidden=True) for exact losses"
         with torch.no_grad():
             teacher_logits = F.linear(score.teacher_hidden, teacher.head_weight())
     return differentiable_divergence(

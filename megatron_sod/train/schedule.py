@@ -71,7 +71,7 @@ def _finish(fn, batch: MicroBatch, number: int, hidden: torch.Tensor, non_loss_d
 def to_device(batch: MicroBatch) -> MicroBatch:
     """The same micro-batch on this rank's device."""
     target = device()
-    moved = {
+    moved: dict[str, Any] = {
         field.name: value.to(target, non_blocking=True)
         for field in fields(batch)
         if isinstance(value := getattr(batch, field.name), torch.Tensor)

@@ -59,7 +59,7 @@ def _render(config: SftConfig) -> list[PackItem]:
     tools = tool_schemas() if config.data.tools_in_prompt else None
     chat = ChatFormat(tokenizer, tools=tools)
     limit = min(config.data.max_length, config.train.tokens_per_micro_batch)
-    items = []
+    items: list[PackItem] = []
     for messages in load_conversations(config.data.conversations, seed=config.seed):
         rendered = chat.conversation(messages)
         items.append(
