@@ -29,8 +29,8 @@ class _Silent:
 
 
 class _Lines(_Silent):
-    def __init__(self, title: str, total: int, unit: str):
-        self._title, self._total, self._unit = title, total, unit
+    def __init__(self, title: str, total: int, unit: str, start: int):
+        self._title, self._total, self._unit, self._start = title, total, unit, start
         self._started = self._last = time.monotonic()
 
     def update(self, done: int, **values: float | str) -> None:
@@ -38,7 +38,7 @@ class _Lines(_Silent):
         if now - self._last < LINE_EVERY_S and done < self._total:
             return
         self._last = now
-        eta = (now - self._started) / max(done, 1) * (self._total - done)
+        eta = (now - self._started) / max(done - self._start, 1) * (self._total - done)
         say(
             f"{self._title}: {self._unit} {done}/{self._total}, {_join(values)}"
             f"{'; ' if values else ''}{eta:.0f} s left"
@@ -46,9 +46,9 @@ class _Lines(_Silent):
 
 
 class _Bar(_Silent):
-    def __init__(self, bar: Progress, title: str, total: int):
+    def __init__(self, bar: Progress, title: str, total: int, start: int):
         self._bar = bar
-        self._task = bar.add_task(title, total=total, values="")
+        self._task = bar.add_task(title, total=total, completed=start, values="")
 
     def update(self, done: int, **values: float | str) -> None:
         self._bar.update(self._task, completed=done, values=_join(values))
@@ -61,12 +61,15 @@ def _join(values: dict[str, float | str]) -> str:
 
 
 @contextlib.contextmanager
-def progress(title: str, total: int, *, unit: str = "item") -> Iterator[_Silent]:
-    """Yields an object with `update(done, **values)`; only rank 0 shows anything."""
+def progress(title: str, total: int, *, unit: str = "item", start: int = 0) -> Iterator[_Silent]:
+    """Yields an object with `update(done, **values)`; only rank 0 shows anything.
+
+    `start`: how many were done before, in a run that is resumed.
+    """
     if not is_main_process():
         yield _Silent()
     elif not sys.stderr.isatty():
-        yield _Lines(title, total, unit)
+        yield _Lines(title, total, unit, start)
     else:
         columns = (
             TextColumn("{task.description}"),
@@ -76,4 +79,4 @@ def progress(title: str, total: int, *, unit: str = "item") -> Iterator[_Silent]
             TextColumn("{task.fields[values]}"),
         )
         with Progress(*columns, console=Console(stderr=True)) as bar:
-            yield _Bar(bar, title, total)
+            yield _Bar(bar, title, total, start)

@@ -10,6 +10,8 @@ from typing import Any
 
 import jinja2
 
+from megatron_sod.observe.run_dir import read_rows
+
 _PANELS = (
     ("Success on held-out tasks", None, ()),
     ("Reward of rollouts", "reward", ("rollout/reward_mean",)),
@@ -34,8 +36,8 @@ _PANELS = (
 def write_report(run_dir: str | Path, tokenizer: Any) -> Path:
     """Draw the run in `run_dir`. Returns the path of report.html."""
     run = Path(run_dir)
-    metrics, evals = _rows(run / "metrics.jsonl"), _rows(run / "evals.jsonl")
-    trajectories = _rows(run / "trajectories.jsonl")
+    metrics, evals = read_rows(run / "metrics.jsonl"), read_rows(run / "evals.jsonl")
+    trajectories = read_rows(run / "trajectories.jsonl")
     last = trajectories[-1]["iteration"] if trajectories else 0
     shown = [row for row in trajectories if row["iteration"] in (1, last)][:16]
     summary_path = run / "summary.json"
@@ -52,10 +54,6 @@ def write_report(run_dir: str | Path, tokenizer: Any) -> Path:
         )
     )
     return path
-
-
-def _rows(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.open()] if path.is_file() else []
 
 
 def _curves(metrics: list[dict], evals: list[dict]) -> str:

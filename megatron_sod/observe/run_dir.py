@@ -56,8 +56,7 @@ class RunDir:
             file.write(json.dumps(row) + "\n")
 
     def rows(self, name: str) -> list[dict]:
-        path = self.path / name
-        return [json.loads(line) for line in path.open()] if path.is_file() else []
+        return read_rows(self.path / name)
 
     def drop_after(self, iteration: int) -> None:
         """Forget rows of iterations a resumed run will do again."""
@@ -77,7 +76,25 @@ class RunDir:
         folder = self.path / "steps.parquet"
         folder.mkdir(exist_ok=True)
         table = pyarrow.Table.from_pylist(rows)
+        for place, field in enumerate(table.schema):
+            if pyarrow.types.is_null(field.type):  # a column of None only, in this iteration
+                floats = table.column(place).cast(pyarrow.float64())
+                table = table.set_column(place, field.with_type(pyarrow.float64()), floats)
         pyarrow.parquet.write_table(table, folder / f"iter_{iteration:06d}.parquet")
+
+
+def read_rows(path: Path) -> list[dict]:
+    """Rows of a JSONL file, none without it; a last line cut short by a kill is left out."""
+    if not path.is_file():
+        return []
+    rows, lines = [], path.read_text(encoding="utf-8").split("\n")
+    for number, line in enumerate(lines):
+        try:
+            rows += [json.loads(line)] if line else []
+        except json.JSONDecodeError:
+            if number < len(lines) - 1:
+                raise
+    return rows
 
 
 def versions() -> dict[str, str]:
