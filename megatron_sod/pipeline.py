@@ -185,7 +185,8 @@ def _record(
     session.run_dir.write_steps(session.progress.iteration, records.step_rows)
     for row in records.trajectory_rows:
         session.run_dir.append("trajectories.jsonl", row)
-    return rollout_metrics(trajectories) | credit_metrics(records)
+    rollout = rollout_metrics(trajectories, num_text_ids=len(session.tokenizer))
+    return rollout | credit_metrics(records)
 
 
 def _save_if_due(session: Session) -> None:

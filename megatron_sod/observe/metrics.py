@@ -13,8 +13,15 @@ from megatron_sod.types import Trajectory
 ERROR_OUTCOMES = ("user_error", "timeout", "memory", "output_limit", "rejected", "malformed")
 
 
-def rollout_metrics(trajectories: list[Trajectory]) -> dict[str, float]:
-    """What the rollouts say about themselves; infrastructure failures are counted, not averaged."""
+def rollout_metrics(
+    trajectories: list[Trajectory], *, num_text_ids: int | None = None
+) -> dict[str, float]:
+    """What the rollouts say about themselves; infrastructure failures are counted, not averaged.
+
+    Args:
+        num_text_ids: ids from here on have no text; models pad their vocabulary beyond the
+            tokenizer's, and a random one samples such ids now and then. None: not counted.
+    """
     valid = [t for t in trajectories if t.is_valid]
     rewards = [t.reward for t in valid]
     steps = [step for t in valid for step in t.steps]
@@ -35,6 +42,9 @@ def rollout_metrics(trajectories: list[Trajectory]) -> dict[str, float]:
         ),
         "rollout/tokens": float(sum(len(t.response_token_ids) for t in trajectories)),
     }
+    if num_text_ids is not None:
+        without = sum(id >= num_text_ids for t in trajectories for id in t.response_token_ids)
+        metrics["rollout/ids_without_text"] = float(without)
     for outcome in ("ok", *ERROR_OUTCOMES):
         metrics[f"tool/{outcome}_rate"] = outcomes[outcome] / max(sum(outcomes.values()), 1)
     return metrics

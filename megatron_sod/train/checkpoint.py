@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 
@@ -84,10 +87,12 @@ class Checkpoints:
                 f"{path} is not a complete checkpoint (no metadata.json); give an iter_* folder of "
                 "a run's checkpoints/"
             )
+        _allocate_optimizer_state(trainable)
         state = _sharded_state(trainable, is_loading=True)
         loaded = dist_checkpointing.load(state, str(path))
         trainable.model.load_state_dict(loaded["model"], strict=False)
         trainable.optimizer.load_state_dict(loaded["optimizer"])
+        _separate_step_counts(trainable)
         if "progress" not in loaded:
             raise CheckpointError(f"{path}: written by another program (no `progress` in it)")
         return Progress(**loaded["progress"])
@@ -97,6 +102,41 @@ class Checkpoints:
         for path in complete[: -self._keep_last]:
             if path != keep:
                 shutil.rmtree(path)
+
+
+def _allocate_optimizer_state(trainable: Trainable) -> None:
+    """torch's AdamW has no state before its first step, and Megatron reads the step count from it.
+
+    The zero-gradient step this takes may touch the weights; loading overwrites both.
+    """
+    for part in _parts(trainable):
+        initialise = getattr(part, "_init_optimizer_states_with_dummy_values", None)
+        if initialise is not None and not part.optimizer.state:
+            initialise()
+            part._set_main_param_and_optimizer_states = partial(_set_states, part)
+
+
+def _set_states(part: Any, model_param: Any, tensors: dict) -> None:
+    """Megatron 0.16 copies every entry of the optimizer's state, torch's `step` too, which its
+    checkpoints keep in the parameter groups instead; it has been restored from there."""
+    group, order = part.model_param_group_index_map[model_param]
+    state = part.optimizer.state[part.optimizer.param_groups[group]["params"][order]]
+    if "step" in state:
+        tensors = {**tensors, "step": state["step"]}
+    type(part)._set_main_param_and_optimizer_states(part, model_param, tensors)
+
+
+def _separate_step_counts(trainable: Trainable) -> None:
+    """Megatron restores one `step` tensor for all parameters; AdamW would count it up once per
+    parameter."""
+    for part in _parts(trainable):
+        for state in part.optimizer.state.values():
+            if isinstance(state.get("step"), torch.Tensor):
+                state["step"] = state["step"].clone()
+
+
+def _parts(trainable: Trainable) -> list[Any]:
+    return getattr(trainable.optimizer, "chained_optimizers", [trainable.optimizer])
 
 
 def _sharded_state(trainable: Trainable, *, is_loading: bool) -> dict:

@@ -132,6 +132,7 @@ def test_real_text_and_the_real_vocabulary_run_one_iteration(tmp_path):
     )
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").open()]
     assert len(rows) == 1 and rows[0]["rollout/tokens"] > 0
+    assert rows[0]["rollout/ids_without_text"] >= 0
 
 
 def _write_real_vocabulary_model(directory: Path, data: Path) -> None:
