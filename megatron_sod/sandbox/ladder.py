@@ -68,17 +68,15 @@ def open_sandbox(
     Args:
         level: "auto" (L3, then L2, then L1) or one of LEVELS; L0 needs allow_unsafe.
         timeout_s: wall seconds of one run. memory_mb: MB of one run.
-        warm: fork each run from a process that has imported `preload`; False starts a fresh
-            interpreter per run (slower by its start-up and the program's imports).
-        preload: modules imported once. echo: print the value of a last expression.
+        warm: fork each run from a process that has imported `preload`; else start an interpreter.
+        echo: print the value of a last expression.
         max_concurrency: runs at the same time; more wait. Default: twice the CPUs.
-        allow_unsafe: permit L0, which protects nothing but time, memory and output.
-        python: absolute path of the guest's interpreter; default: this one.
+        allow_unsafe: permit L0. python: absolute path of the guest's interpreter, if another.
         limits: a Limits for everything else; its timeout_s and memory_mb are replaced.
     Returns:
-        LocalSandbox; a context manager.
+        LocalSandbox, a context manager.
     Raises:
-        SandboxError: no permitted level works here; the message has each one's reason.
+        SandboxError: no permitted level works here; has the reason of each.
     """
     if level != "auto" and level not in LEVELS:
         raise SandboxError(f"level is {level!r}; it must be 'auto' or one of {', '.join(LEVELS)}")
@@ -92,7 +90,7 @@ def open_sandbox(
         try:
             config = _config(name, python or sys.executable, warm, preload)
             note = {"level": name, "mechanisms": config.pop("mechanisms"), "warm": warm}
-            note.update(limits=vars(limits), passed_over=dict(reasons))
+            note |= {"limits": vars(limits), "passed_over": dict(reasons)}
             sandbox = LocalSandbox(config, limits, max_concurrency, echo, note)
         except SandboxError as error:
             reasons[name] = str(error)
