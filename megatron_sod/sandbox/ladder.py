@@ -8,7 +8,7 @@ from megatron_sod.errors import SandboxError
 
 from . import guest, interpreter, seccomp
 from .guest import linux
-from .limits import Limits, default_concurrency
+from .limits import Limits
 from .local import LocalSandbox
 from .zygote import usable_uids
 
@@ -83,7 +83,6 @@ def open_sandbox(
     if level == "L0" and not allow_unsafe:
         raise SandboxError("level L0 protects nothing from the program; it needs allow_unsafe=True")
     limits = Limits(**{**vars(limits or Limits()), "timeout_s": timeout_s, "memory_mb": memory_mb})
-    max_concurrency = max_concurrency or default_concurrency()
     tried = LEVELS if allow_unsafe else LEVELS[:-1]
     reasons: dict[str, str] = {}
     for name in tried if level == "auto" else (level,):

@@ -59,6 +59,10 @@ class Limits:
         return values
 
 
-def default_concurrency():
-    """Runs at the same time unless told otherwise: twice the CPUs this process may use."""
-    return 2 * len(os.sched_getaffinity(0))
+def check_concurrency(count):
+    """Runs at the same time; None = twice the CPUs this process may use."""
+    if count is None:
+        return 2 * len(os.sched_getaffinity(0))
+    if not isinstance(count, int) or count < 1:
+        raise SandboxError(f"max_concurrency is {count!r}; it must be a whole number above 0")
+    return count

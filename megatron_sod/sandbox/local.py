@@ -12,6 +12,7 @@ from megatron_sod.errors import SandboxError
 
 from . import result as results
 from .capture import Stream
+from .limits import check_concurrency
 from .source import check_files, check_name, source_bytes
 from .zygote import Zygote, memory_file
 
@@ -25,16 +26,16 @@ class LocalSandbox:
     def __init__(self, config, limits, max_concurrency, echo, description):
         self.level = config["level"]
         self.limits = limits
-        self.max_concurrency = max_concurrency
+        self.max_concurrency = check_concurrency(max_concurrency)
         self._echo = echo
         self._config = config
         self._description = description
         self._slots: queue.SimpleQueue[int] = queue.SimpleQueue()
-        for slot in range(max_concurrency):
+        for slot in range(self.max_concurrency):
             self._slots.put(slot)
         self._restart_lock = threading.Lock()
         self._closed = False
-        self._zygote = Zygote(config, max_concurrency)
+        self._zygote = Zygote(config, self.max_concurrency)
         self._zygote.start()
 
     def __enter__(self):

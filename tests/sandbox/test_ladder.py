@@ -58,6 +58,12 @@ def test_unknown_level_is_refused(level):
         open_sandbox(level)
 
 
+@pytest.mark.parametrize("count", [0, -1, 1.5])
+def test_impossible_concurrency_is_refused(count):
+    with pytest.raises(SandboxError, match="max_concurrency"):
+        open_sandbox(max_concurrency=count)
+
+
 def test_missing_interpreter_and_missing_preload_are_named():
     with pytest.raises(SandboxError, match="/nowhere/python"):
         open_sandbox(python="/nowhere/python")
