@@ -41,7 +41,9 @@ def train(config: SodConfig) -> None:
         started = time.monotonic()
         _begin(session)
         total = config.train.num_iterations
-        with progress(config.name, total, unit="iteration") as bar:
+        with progress(
+            config.name, total, unit="iteration", start=session.progress.iteration
+        ) as bar:
             while session.progress.iteration < total:
                 metrics = run_iteration(session)
                 bar.update(session.progress.iteration, **_shown(metrics))

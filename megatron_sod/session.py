@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -75,8 +76,12 @@ def open_session(config: SodConfig) -> Iterator[Session]:
         closing.callback(state.shutdown)
         groups = state.process_groups()
         run_dir = RunDir(config)
+        checkpoints = Checkpoints(run_dir.checkpoints, keep_last=config.train.keep_last)
+        resume_from = _resume_from(config, checkpoints)
         controller = teacher_controller = None
         if dist.get_rank() == 0:
+            if resume_from is None:
+                run_dir.move_previous_aside()
             run_dir.prepare(config)
             closing.callback(stop_ray)
             controller = RolloutController(config, config.student, load_weights=False)
@@ -90,8 +95,9 @@ def open_session(config: SodConfig) -> Iterator[Session]:
         if config.teacher is not None and inputs.teacher is not None and config.distill.coef > 0:
             teacher = _model(config.teacher, inputs.teacher, groups)
             teacher.requires_grad_(False)
-        checkpoints = Checkpoints(run_dir.checkpoints, keep_last=config.train.keep_last)
-        progress = _resume(config, checkpoints, student)
+        progress = Progress(0, 0, 0, 0, config_hash(config))
+        if resume_from is not None:
+            progress = checkpoints.load(student, resume_from)
         if controller is not None:
             controller.wait_until_ready("student engines")
         sync = _weight_sync(config, student, inputs.student, controller)
@@ -150,12 +156,11 @@ def _model(
     return model
 
 
-def _resume(config: SodConfig, checkpoints: Checkpoints, student: Trainable) -> Progress:
-    """Load what `train.resume` names; a fresh start otherwise."""
-    fresh = Progress(0, 0, 0, 0, config_hash(config))
-    resume = config.train.resume
-    path = checkpoints.latest() if resume == "auto" else None if resume == "never" else resume
-    return checkpoints.load(student, path) if path else fresh
+def _resume_from(config: SodConfig, checkpoints: Checkpoints) -> str | Path | None:
+    """The checkpoint folder `train.resume` names; None for a fresh start."""
+    if config.train.resume == "never":
+        return None
+    return checkpoints.latest() if config.train.resume == "auto" else config.train.resume
 
 
 def _teacher_is_evaluated(run_dir: RunDir) -> bool:

@@ -66,9 +66,11 @@ def _op() -> Row:
 def _gpus() -> list[Row]:
     try:
         import pynvml
-
+    except ImportError:
+        return [Row("GPUs", "missing", "nvidia-ml-py is not installed", "CPU runs need none")]
+    try:
         pynvml.nvmlInit()
-    except Exception as error:  # NVML's own error class does not exist without the package
+    except pynvml.NVMLError as error:
         return [Row("GPUs", "missing", type(error).__name__, "CPU runs need none")]
     count = pynvml.nvmlDeviceGetCount()
     names = {

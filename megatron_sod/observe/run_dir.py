@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
+import time
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,13 @@ class RunDir:
                 say(f"configuration differs from the stored one: {line.strip()}")
         stored.write_text(text)
         self.write_json("versions.json", {**versions(), "config_hash": config_hash(config)})
+
+    def move_previous_aside(self) -> None:
+        """A fresh start must not continue the tables of an earlier run; nothing is deleted."""
+        if (self.path / "evals.jsonl").is_file() or (self.path / "metrics.jsonl").is_file():
+            aside = self.path.with_name(f"{self.path.name}-before-{int(time.time())}")
+            self.path.rename(aside)
+            say(f"an earlier run was there; it is now in {aside}")
 
     def write_json(self, name: str, value: Any) -> None:
         partial = self.path / (name + ".partial")

@@ -90,3 +90,16 @@ def test_json_is_replaced_whole(run):
 def test_versions_name_what_decides_the_numbers():
     found = versions()
     assert {"python", "torch", "numpy", "transformers"} <= set(found)
+
+
+def test_a_fresh_start_moves_an_earlier_run_aside_and_loses_nothing(tmp_path):
+    run = RunDir.__new__(RunDir)
+    run.path = tmp_path / "run"
+    run.path.mkdir()
+    run.append("evals.jsonl", {"model": "student", "iteration": 0})
+    run.move_previous_aside()
+    assert not run.path.exists()
+    (aside,) = tmp_path.iterdir()
+    assert (aside / "evals.jsonl").is_file()
+    run.move_previous_aside()  # nothing there: nothing to do
+    assert list(tmp_path.iterdir()) == [aside]
