@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from megatron_sod.data.tiny_models import STUDENT, TEACHER, write_tiny_model
-from tests.helpers.launch import end, processes_of, run, start
+from tests.helpers.launch import end, marker_of, processes_of, run, start
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(900)]
 
@@ -50,18 +50,18 @@ def finished_run(models, tmp_path_factory) -> Path:
     """A run whose ranks are killed after the first iteration and that is started again."""
     run_dir = tmp_path_factory.mktemp("run") / "killed"
     arguments = _arguments(models, run_dir)
-    others = set(processes_of("VLLM_CPU_KVCACHE_SPACE"))
+    descendants = marker_of(run_dir.parent / "first.log")
     first = start("train_sod.py", *arguments, nproc=2, log=run_dir.parent / "first.log")
     try:
         _wait_for(run_dir / "checkpoints" / "latest", first, run_dir.parent / "first.log")
         marker = str(run_dir)
         ranks = [pid for pid in processes_of(marker) if "train_sod" in _command_line(pid)]
-        workers = set(processes_of("VLLM_CPU_KVCACHE_SPACE")) - others
-        assert workers, "no engine process was found: the check below would say nothing"
+        lines = [_command_line(pid) for pid in processes_of(descendants)]
+        assert any("VLLM" in line for line in lines), f"no engine process among {lines}"
         for pid in ranks:
             os.kill(pid, signal.SIGKILL)
         first.wait(timeout=60)
-        _wait_until_gone(marker, workers)
+        _wait_until_gone(descendants)
     finally:
         end(first)
     log = run("train_sod.py", *arguments, nproc=2, log=run_dir.parent / "second.log", timeout_s=420)
@@ -178,10 +178,10 @@ def _wait_for(path: Path, process, log: Path, timeout_s: float = 300) -> None:
         time.sleep(0.1)
 
 
-def _wait_until_gone(marker: str, workers: set[int], timeout_s: float = 60) -> None:
+def _wait_until_gone(marker: str, timeout_s: float = 60) -> None:
     """Neither a trainer rank nor an engine process of the killed run may live on."""
     deadline = time.monotonic() + timeout_s
-    while left := {*processes_of(marker), *workers & set(processes_of("VLLM_CPU_KVCACHE_SPACE"))}:
+    while left := processes_of(marker):
         assert time.monotonic() < deadline, f"left alive: {[_command_line(p) for p in left]}"
         time.sleep(0.5)
 

@@ -12,10 +12,13 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def start(tool: str, *arguments: str, nproc: int, log: Path) -> subprocess.Popen:
-    """torchrun of a tool in its own process group; output goes to `log`."""
+    """torchrun of a tool in its own process group; output goes to `log`.
+
+    All its descendants, Ray's and vLLM's too, carry `marker_of(log)` in their environment.
+    """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(nproc), f"tools/{tool}", *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "SOD_TEST_RUN": str(log)}
     return subprocess.Popen(
         command,
         cwd=ROOT,
@@ -24,6 +27,11 @@ def start(tool: str, *arguments: str, nproc: int, log: Path) -> subprocess.Popen
         stderr=subprocess.STDOUT,
         start_new_session=True,
     )
+
+
+def marker_of(log: Path) -> str:
+    """What `processes_of` finds the run by."""
+    return f"SOD_TEST_RUN={log}"
 
 
 def run(tool: str, *arguments: str, nproc: int, log: Path, timeout_s: float) -> str:
