@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing
-import signal
-import sys
 
-_PR_SET_PDEATHSIG = 1
+from megatron_sod.parallel.lifetime import die_with_parent
 
 
 def register() -> None:
@@ -20,9 +17,3 @@ def register() -> None:
         )
     if multiprocessing.parent_process() is not None:
         die_with_parent()
-
-
-def die_with_parent() -> None:
-    """A killed trainer must leave no engine process behind."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -6,17 +6,21 @@ RUN/checkpoints/latest             "iter_000010"; written after the folder is co
 
 from __future__ import annotations
 
+import multiprocessing
 import shutil
 from dataclasses import asdict, dataclass
 from functools import partial
+from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 from megatron_sod.errors import CheckpointError
+from megatron_sod.parallel.lifetime import die_with_parent
 from megatron_sod.train.trainable import Trainable
 
 # The default sharding of the distributed optimizer cannot be saved by dist_checkpointing 0.16.
@@ -65,6 +69,7 @@ class Checkpoints:
         dist.barrier()
         state = _sharded_state(trainable, is_loading=False)
         state["progress"] = asdict(progress)
+        _start_result_queue()
         dist_checkpointing.save(state, str(partial))
         dist.barrier()
         if dist.get_rank() == 0:
@@ -102,6 +107,15 @@ class Checkpoints:
         for path in complete[: -self._keep_last]:
             if path != keep:
                 shutil.rmtree(path)
+
+
+def _start_result_queue() -> None:
+    """Megatron's writer keeps a manager process that would outlive a killed rank; ours dies with
+    it."""
+    if filesystem_async._results_queue is None:
+        manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
+        manager.start(initializer=die_with_parent)
+        filesystem_async._results_queue = manager.Queue()
 
 
 def _allocate_optimizer_state(trainable: Trainable) -> None:

@@ -178,8 +178,9 @@ def _wait_for(path: Path, process, log: Path, timeout_s: float = 300) -> None:
         time.sleep(0.1)
 
 
-def _wait_until_gone(marker: str, timeout_s: float = 60) -> None:
-    """Neither a trainer rank nor an engine process of the killed run may live on."""
+def _wait_until_gone(marker: str, timeout_s: float = 150) -> None:
+    """No rank, engine, Ray or helper process of the killed run may live on; Ray's own agents take
+    a minute to notice."""
     deadline = time.monotonic() + timeout_s
     while left := processes_of(marker):
         assert time.monotonic() < deadline, f"left alive: {[_command_line(p) for p in left]}"
