@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import TypeVar
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
@@ -18,6 +19,10 @@ from megatron_sod.config.schema import SftConfig, SodConfig
 from megatron_sod.errors import ConfigError
 
 Schema = TypeVar("Schema", bound=BaseModel)
+
+
+# What OmegaConf raises for text it cannot read; it passes the YAML parser's errors through.
+_UNREADABLE = (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError)
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> SodConfig:
@@ -72,7 +77,7 @@ def _read_with_defaults(path: Path, seen: tuple[Path, ...]) -> DictConfig:
         loaded = OmegaConf.load(path)
     except OSError as error:  # what OmegaConf raises for a document that is a number
         raise ConfigError(f"{path}: expected a mapping of keys ({error})") from error
-    except Exception as error:  # OmegaConf passes through every YAML parser error
+    except _UNREADABLE as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(loaded, DictConfig):
         raise ConfigError(f"{path}: expected a mapping of keys, found a list or a scalar")
@@ -94,7 +99,7 @@ def _parse_overrides(overrides: list[str]) -> DictConfig:
             raise ConfigError(f"override {item!r}: expected key=value, e.g. train.lr=1e-6")
     try:
         return OmegaConf.from_dotlist([item.lstrip("-") for item in overrides])
-    except Exception as error:  # the YAML parser of a value
+    except _UNREADABLE as error:
         raise ConfigError(f"overrides {overrides}: {error}") from error
 
 

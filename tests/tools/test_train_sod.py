@@ -25,15 +25,16 @@ def in_repository_root(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
-def open_inputs(*overrides: str) -> None:
+def open_inputs(*overrides: str):
     """What every rank checks before anything is started."""
     from megatron_sod.session import Inputs
 
-    Inputs(load_config(DEMO, list(overrides)))
+    return Inputs(load_config(DEMO, list(overrides)))
 
 
 def test_the_demo_configuration_itself_is_accepted():
-    open_inputs()
+    inputs = open_inputs()
+    assert len(inputs.prompts) == 4096 and len(inputs.eval_prompts) == 256
 
 
 @pytest.mark.parametrize(
