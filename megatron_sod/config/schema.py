@@ -183,6 +183,33 @@ class WatchdogConfig(Section):
     max_infra_error_rate: float = Field(
         0.05, ge=0, le=1, description="share of trajectories lost to infrastructure; above: stop"
     )
+    action: Literal["warn", "pause", "rollback"] = Field(
+        "warn",
+        description="on an alarm: only say it; save and end; return to the last good checkpoint",
+    )
+    patience: int = Field(2, gt=0, description="iterations a signal must stay out of bounds")
+    baseline_iterations: int = Field(
+        3, gt=0, description="first iterations whose median the `share` bounds are relative to"
+    )
+    max_rollbacks: int = Field(2, ge=0, description="then pause")
+    warn_infra_error_rate: float | None = Field(0.01, ge=0, le=1)
+    max_malformed_rate: float | None = Field(
+        0.5, ge=0, le=1, description="malformed share of all tool calls"
+    )
+    min_tool_calls_share: float | None = Field(0.5, ge=0, description="per trajectory")
+    min_response_length_share: float | None = Field(
+        0.3, ge=0, description="tokens the student wrote per trajectory"
+    )
+    max_response_length_share: float | None = Field(3.0, gt=0)
+    min_entropy_share: float | None = Field(0.1, ge=0, description="of the student, per token")
+    max_grad_norm_ratio: float | None = Field(
+        10.0, gt=0, description="against the median of the last 20 iterations"
+    )
+    min_step_weight: float | None = Field(0.1, ge=0, description="mean w_k")
+    max_divergence_share: float | None = Field(3.0, gt=0, description="mean d_k")
+    min_teacher_mass_share: float | None = Field(
+        0.5, ge=0, description="mean teacher probability of the tokens the student sampled"
+    )
 
 
 class TransferConfig(Section):

@@ -149,6 +149,7 @@ def _sums(scores: list[TokenScores], credits: list[TokenCredit]) -> dict[str, fl
             continue
         log_ratio = score.teacher_logprobs - score.student_logprobs
         add("teacher_entropy", score.teacher_entropy)
+        add("teacher_mass", score.teacher_logprobs.exp())
         add("kl_k1", -log_ratio)
         add("kl_k3", log_ratio.exp() - 1 - log_ratio)
         add("reverse_kl", score.reverse_kl)

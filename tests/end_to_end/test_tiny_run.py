@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from megatron_sod.data.tiny_models import STUDENT, TEACHER, write_tiny_model
+from megatron_sod.observe.watchdog import SIGNALS
 from tests.helpers.launch import end, marker_of, processes_of, run, start
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(900)]
@@ -192,3 +193,8 @@ def _command_line(pid: int) -> str:
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
     except OSError:
         return ""
+
+
+def test_every_signal_of_the_watchdog_is_measured(finished_run):
+    row = json.loads((finished_run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert {signal.metric for signal in SIGNALS} <= row.keys()
