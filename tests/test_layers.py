@@ -37,6 +37,7 @@ LEVELS = {
     "reshard": SIDE,
     "eval": SIDE,
     "observe": SIDE,
+    "plan": 4,
     "session": 4,
     "pipeline": 5,
     "command_line": 5,

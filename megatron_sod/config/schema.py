@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 PositiveInt = Field(gt=0)
 DType = Literal["float32", "bfloat16", "float64"]
+GpuName = Literal["a100-80gb", "h100-80gb", "h200-141gb", "h20-96gb", "b200-180gb", "cpu"]
 
 
 class Section(BaseModel):
@@ -22,6 +23,7 @@ class Section(BaseModel):
 class ClusterConfig(Section):
     num_nodes: int = Field(1, gt=0, description="machines in the job")
     gpus_per_node: int = Field(1, gt=0, description="trainer ranks per machine")
+    gpu: GpuName = Field("h100-80gb", description="what --dry-run plans memory and times for")
 
     @property
     def world_size(self) -> int:
@@ -49,6 +51,11 @@ class ParallelConfig(Section):
 
 class ModelConfig(Section):
     path: str = Field(description="directory in Hugging Face format")
+    geometry: str | None = Field(
+        None,
+        description="for --dry-run where `path` does not exist yet: a name in configs/models; "
+        "null: the last component of `path`, lower case",
+    )
     dtype: DType = Field("float32", description="parameters and computation")
     parallel: ParallelConfig = ParallelConfig()
 
