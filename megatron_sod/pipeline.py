@@ -17,6 +17,7 @@ from megatron_sod.observe.metrics import credit_metrics, rollout_metrics
 from megatron_sod.observe.progress import progress, say
 from megatron_sod.observe.records import local_records, merge_records
 from megatron_sod.observe.summary import finish_run
+from megatron_sod.observe.telemetry import merge_telemetry
 from megatron_sod.parallel.share import from_rank0
 from megatron_sod.rollout.breaker import check_infrastructure
 from megatron_sod.scoring.credit import assign_credit
@@ -92,6 +93,7 @@ def run_iteration(session: Session) -> dict[str, float]:
         _save_if_due(session)
     with clock("eval"):
         _evaluate_if_due(session)
+    metrics |= merge_telemetry(session.telemetry.collect())
     metrics |= clock.seconds()
     _log(session, metrics)
     return metrics

@@ -22,6 +22,7 @@ from megatron_sod.model.geometry import Geometry, layout_problems, load_geometry
 from megatron_sod.model.parity import check_same_vocabulary
 from megatron_sod.model.weights import has_weights, load_hf_weights
 from megatron_sod.observe.run_dir import RunDir
+from megatron_sod.observe.telemetry import Telemetry
 from megatron_sod.parallel import state
 from megatron_sod.reshard.canary import canary_sequences, trainer_logprobs
 from megatron_sod.reshard.sync import WeightSync
@@ -48,6 +49,7 @@ class Session:
     progress: Progress
     tokenizer: Any
     sync: WeightSync
+    telemetry: Telemetry
     controller: RolloutController | None = None
     teacher_controller: RolloutController | None = None
     last_metrics: dict[str, float] = field(default_factory=dict)
@@ -76,6 +78,8 @@ def open_session(config: SodConfig) -> Iterator[Session]:
         closing.callback(state.shutdown)
         groups = state.process_groups()
         run_dir = RunDir(config)
+        telemetry = Telemetry(config.observe.telemetry_interval_s)
+        closing.callback(telemetry.close)
         checkpoints = Checkpoints(run_dir.checkpoints, keep_last=config.train.keep_last)
         resume_from = _resume_from(config, checkpoints)
         controller = teacher_controller = None
@@ -115,6 +119,7 @@ def open_session(config: SodConfig) -> Iterator[Session]:
             progress=progress,
             tokenizer=inputs.tokenizer,
             sync=sync,
+            telemetry=telemetry,
             controller=controller,
             teacher_controller=teacher_controller,
         )

@@ -230,6 +230,9 @@ class ObserveConfig(Section):
     run_dir: str = Field("runs/{name}", description="{name} is replaced by `name`")
     loggers: list[Literal["console", "jsonl", "tensorboard"]] = ["console", "jsonl"]
     num_trajectories_kept: int = Field(8, ge=0, description="per iteration, for the report")
+    telemetry_interval_s: float | None = Field(
+        1.0, gt=0, description="between samples of host memory and GPUs; null: none are taken"
+    )
 
 
 class SodConfig(Section):
