@@ -38,7 +38,14 @@ class ParallelConfig(Section):
     )
     context_parallel_size: int = Field(1, gt=0)
     expert_model_parallel_size: int = Field(1, gt=0)
+    expert_tensor_parallel_size: int | None = Field(
+        None, gt=0, description="split of each expert; null: as tensor_model_parallel_size"
+    )
     sequence_parallel: bool = False
+
+    @property
+    def expert_tp_size(self) -> int:
+        return self.expert_tensor_parallel_size or self.tensor_model_parallel_size
 
     @property
     def model_parallel_size(self) -> int:
