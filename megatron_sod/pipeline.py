@@ -20,6 +20,7 @@ from megatron_sod.observe.summary import finish_run
 from megatron_sod.observe.telemetry import merge_telemetry
 from megatron_sod.parallel.share import from_rank0
 from megatron_sod.rollout.breaker import check_infrastructure
+from megatron_sod.rollout.shaping import shape_rewards
 from megatron_sod.scoring.credit import assign_credit
 from megatron_sod.scoring.score import score
 from megatron_sod.session import Session, open_session
@@ -145,7 +146,11 @@ def _roll_out(session: Session, iteration: int) -> list[Trajectory]:
             top_p=1.0,
         )
         check_infrastructure(trajectories, config.watchdog)
-        return trajectories
+        return shape_rewards(
+            trajectories,
+            config.reward,
+            max_response_length=config.rollout.max_response_length,
+        )
 
     return from_rank0(work, timeout_s=config.rollout.timeout_s)
 

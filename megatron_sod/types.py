@@ -50,6 +50,7 @@ class Trajectory:
     finish_reason: str  # answer | max_turns | max_length | infra_error
     reward: float  # 1.0 right, 0.0 wrong; NaN when not graded
     policy_version: int  # the newest version that wrote a token
+    score: float = float("nan")  # as graded, in [0, 1]; `reward` may be shaped from it
 
     @property
     def is_valid(self) -> bool:

@@ -160,8 +160,24 @@ class SandboxConfig(Section):
 
 
 class RewardConfig(Section):
-    kind: Literal["auto", "math", "choice", "exact", "import"] = "auto"
+    kind: Literal["auto", "math", "choice", "exact", "code", "reference", "import"] = Field(
+        "auto",
+        description="auto: by each prompt's answer; reference: the public reference's -1.1 and 1",
+    )
     function: str | None = Field(None, description="kind import: module.path:function")
+    code_score: Literal["all", "fraction"] = Field(
+        "all", description="a program earns 1 when all its tests pass, or the share that pass"
+    )
+    code_timeout_s: float = Field(10, gt=0, description="of one test")
+    max_code_tests: int | None = Field(None, gt=0, description="the first so many only; null: all")
+    tool_bonus: bool = Field(
+        False, description="train on 1 for right and min(-0.6, -1 + 0.1 per tool call) for wrong"
+    )
+    overlong_buffer: int | None = Field(
+        None,
+        gt=0,
+        description="student tokens before max_response_length over which the reward falls by 1",
+    )
 
 
 class TrainConfig(Section):

@@ -28,7 +28,8 @@ def rollout_metrics(
     num_calls = sum(step.num_tool_calls for step in steps)
     outcomes = Counter(step.outcome for step in steps if step.num_tool_calls)
     metrics = {
-        "rollout/reward_mean": float(np.mean(rewards)) if rewards else 0.0,
+        "rollout/reward_mean": _mean(rewards),
+        "rollout/score_mean": _mean([t.score for t in valid]),
         "rollout/tool_calls_avg": num_calls / max(len(valid), 1),
         "rollout/num_turns": len(steps) / max(len(valid), 1),
         "rollout/response_length": _mean([len(t.response_token_ids) for t in valid]),

@@ -57,7 +57,7 @@ class TrajectoryBuilder:
         self._logprobs += [0.0] * count
         self._versions += [-1] * count
 
-    def finish(self, reason: str, reward: float) -> Trajectory:
+    def finish(self, reason: str, score: float) -> Trajectory:
         return Trajectory(
             trajectory_id=self.trajectory_id,
             prompt_id=self.prompt.prompt_id,
@@ -69,6 +69,7 @@ class TrajectoryBuilder:
             policy_versions=self._versions,
             steps=tuple(self._steps),
             finish_reason=reason,
-            reward=reward,
+            reward=score,
             policy_version=max(self._versions, default=-1),
+            score=score,
         )
