@@ -258,6 +258,24 @@ class ObserveConfig(Section):
     )
 
 
+class PlanConfig(Section):
+    """What --dry-run and the simulator assume of the rollouts. A run never reads it.
+
+    The defaults are a public run of the method on 8 GPUs: 4,950 tokens and 4.2 assistant turns
+    per trajectory at max_response_length 20,480.
+    """
+
+    mean_prompt_share: float = Field(0.15, gt=0, le=1, description="of rollout.max_prompt_length")
+    mean_response_share: float = Field(
+        0.24, gt=0, le=1, description="of rollout.max_response_length, observations included"
+    )
+    response_spread: float = Field(0.8, ge=0, description="standard deviation of log length")
+    mean_turns: float = Field(4.2, ge=1, description="assistant turns per trajectory")
+    observation_share: float = Field(0.1, ge=0, lt=1, description="of response tokens")
+    tool_latency_s: float = Field(1.0, ge=0, description="median of one call")
+    tool_latency_spread: float = Field(1.0, ge=0, description="standard deviation of log seconds")
+
+
 class SodConfig(Section):
     name: str = Field("sod", description="names the run directory")
     seed: int = 0
@@ -276,6 +294,7 @@ class SodConfig(Section):
     watchdog: WatchdogConfig = WatchdogConfig()
     transfer: TransferConfig = TransferConfig()
     observe: ObserveConfig = ObserveConfig()
+    plan: PlanConfig = PlanConfig()
 
 
 class SftTrainConfig(Section):
