@@ -58,6 +58,11 @@ class Trajectory:
         return self.finish_reason != "infra_error" and any(self.loss_mask)
 
     @property
+    def is_mixed_version(self) -> bool:
+        """Whether weights changed while it was being written."""
+        return len(set(self.policy_versions) - {-1}) > 1
+
+    @property
     def num_tokens(self) -> int:
         return len(self.prompt_token_ids) + len(self.response_token_ids)
 

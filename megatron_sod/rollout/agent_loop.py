@@ -38,7 +38,7 @@ class SampledTurn:
 
     token_ids: list[int]  # with the stop token when one was sampled
     logprobs: list[float]  # after temperature, of each sampled token
-    policy_version: int
+    policy_versions: list[int]  # of the weights that sampled each token; never falls
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class AgentLoop:
         turn = await self._generate(
             builder.token_ids, Sampling(temperature, top_p, room, stop, turn_seed)
         )
-        builder.add_turn(turn.token_ids, turn.logprobs, turn.policy_version)
+        builder.add_turn(turn.token_ids, turn.logprobs, turn.policy_versions)
         if not turn.token_ids or turn.token_ids[-1] not in stop:
             return "max_length"  # cut: neither a newline nor an observation may follow
         calls = self._parser.parse(turn.token_ids)
