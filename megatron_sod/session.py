@@ -27,6 +27,7 @@ from megatron_sod.parallel import state
 from megatron_sod.reshard.canary import canary_sequences, trainer_logprobs
 from megatron_sod.reshard.sync import WeightSync
 from megatron_sod.rollout.controller import RolloutController, stop_ray
+from megatron_sod.rollout.recording import Recording
 from megatron_sod.rollout.worker import make_chat
 from megatron_sod.train.checkpoint import Checkpoints, Progress
 from megatron_sod.train.trainable import Trainable
@@ -48,8 +49,9 @@ class Session:
     checkpoints: Checkpoints
     progress: Progress
     tokenizer: Any
-    sync: WeightSync
+    sync: WeightSync | None  # None in a replay: there are no engines
     telemetry: Telemetry
+    recording: Recording | None = None  # where rollouts are kept, or come from in a replay
     controller: RolloutController | None = None
     teacher_controller: RolloutController | None = None
     last_metrics: dict[str, float] = field(default_factory=dict)
@@ -87,6 +89,7 @@ def open_session(config: SodConfig) -> Iterator[Session]:
             if resume_from is None:
                 run_dir.move_previous_aside()
             run_dir.prepare(config)
+        if dist.get_rank() == 0 and config.rollout.replay is None:
             closing.callback(stop_ray)
             controller = RolloutController(config, config.student, load_weights=False)
             closing.callback(controller.close)
@@ -104,8 +107,10 @@ def open_session(config: SodConfig) -> Iterator[Session]:
             progress = checkpoints.load(student, resume_from)
         if controller is not None:
             controller.wait_until_ready("student engines")
-        sync = _weight_sync(config, student, inputs.student, controller)
-        closing.callback(sync.close)
+        sync = None
+        if config.rollout.replay is None:
+            sync = _weight_sync(config, student, inputs.student, controller)
+            closing.callback(sync.close)
         yield Session(
             config=config,
             groups=groups,
@@ -120,6 +125,7 @@ def open_session(config: SodConfig) -> Iterator[Session]:
             tokenizer=inputs.tokenizer,
             sync=sync,
             telemetry=telemetry,
+            recording=_recording(config, run_dir),
             controller=controller,
             teacher_controller=teacher_controller,
         )
@@ -150,6 +156,8 @@ class Inputs:
         self.prompts = load_prompts(data.train, chat, **options)  # type: ignore[arg-type]
         self.eval_prompts = load_prompts(data.eval, chat, **options) if data.eval else []  # type: ignore[arg-type]
         PromptOrder(len(self.prompts), 0).draw(0, config.train.train_batch_size)
+        if config.rollout.replay is not None:
+            Recording(config.rollout.replay).check_complete(config.train.num_iterations)
 
 
 def _model(
@@ -170,6 +178,12 @@ def _resume_from(config: SodConfig, checkpoints: Checkpoints) -> str | Path | No
 
 def _teacher_is_evaluated(run_dir: RunDir) -> bool:
     return any(row["model"] == "teacher" for row in run_dir.rows("evals.jsonl"))
+
+
+def _recording(config: SodConfig, run_dir: RunDir) -> Recording | None:
+    if config.rollout.replay is not None:
+        return Recording(config.rollout.replay)
+    return Recording(run_dir.rollouts) if config.rollout.record else None
 
 
 def _weight_sync(

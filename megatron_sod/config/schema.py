@@ -140,6 +140,10 @@ class RolloutConfig(Section):
     max_observation_length: int = Field(512, gt=0, description="tokens kept of each tool result")
     max_staleness: Literal[0] = Field(0, description="iterations a rollout may lag behind")
     timeout_s: float = Field(1800, gt=0, description="one rollout phase at most")
+    record: bool = Field(False, description="keep every trajectory in RUN/rollouts")
+    replay: str | None = Field(
+        None, description="train on the rollouts of this folder; starts no engine and no sandbox"
+    )
     engine: EngineConfig = EngineConfig()
 
 
