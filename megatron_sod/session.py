@@ -14,6 +14,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_sod.config.load import config_hash
 from megatron_sod.config.schema import ModelConfig, SodConfig
+from megatron_sod.data.chat_parity import check_same_chat
 from megatron_sod.data.order import PromptOrder
 from megatron_sod.data.sources import load_prompts, load_tokenizer
 from megatron_sod.errors import ConfigError
@@ -147,6 +148,9 @@ class Inputs:
         if problems:
             raise ConfigError("\n".join(problems))
         chat = make_chat(config, config.student.path)
+        if config.teacher is not None and not config.teacher.allow_template_mismatch:
+            teacher_path = config.teacher.path
+            check_same_chat(chat, lambda: make_chat(config, teacher_path))
         data, rollout = config.data, config.rollout
         options = dict(
             prompt_key=data.prompt_key,

@@ -69,6 +69,9 @@ class ModelConfig(Section):
 
 class TeacherConfig(ModelConfig):
     source: Literal["model"] = Field("model", description="where teacher scores come from")
+    allow_template_mismatch: bool = Field(
+        False, description="accept a teacher whose chat template or thinking mode differs"
+    )
 
 
 class GrpoConfig(Section):
