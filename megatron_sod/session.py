@@ -14,8 +14,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_sod.config.load import config_hash
 from megatron_sod.config.schema import ModelConfig, SodConfig
-from megatron_sod.data.chat_parity import check_same_chat
 from megatron_sod.data.order import PromptOrder
+from megatron_sod.data.privileged import teacher_prompts
 from megatron_sod.data.sources import load_prompts, load_tokenizer
 from megatron_sod.errors import ConfigError
 from megatron_sod.model.build import HiddenStateGPT, build_model
@@ -28,7 +28,6 @@ from megatron_sod.parallel import state
 from megatron_sod.reshard.canary import canary_sequences, trainer_logprobs
 from megatron_sod.reshard.sync import WeightSync
 from megatron_sod.rollout.controller import RolloutController, stop_ray
-from megatron_sod.rollout.recording import Recording
 from megatron_sod.rollout.worker import make_chat
 from megatron_sod.train.checkpoint import Checkpoints, Progress
 from megatron_sod.train.trainable import Trainable
@@ -44,15 +43,15 @@ class Session:
     student: Trainable
     teacher: HiddenStateGPT | None
     prompts: list[Prompt]
+    teacher_prompts: dict[str, list[int]] | None  # what a privileged teacher reads
     eval_prompts: list[Prompt]
     order: PromptOrder
     run_dir: RunDir
     checkpoints: Checkpoints
     progress: Progress
     tokenizer: Any
-    sync: WeightSync | None  # None in a replay: there are no engines
+    sync: WeightSync
     telemetry: Telemetry
-    recording: Recording | None = None  # where rollouts are kept, or come from in a replay
     controller: RolloutController | None = None
     teacher_controller: RolloutController | None = None
     last_metrics: dict[str, float] = field(default_factory=dict)
@@ -90,7 +89,6 @@ def open_session(config: SodConfig) -> Iterator[Session]:
             if resume_from is None:
                 run_dir.move_previous_aside()
             run_dir.prepare(config)
-        if dist.get_rank() == 0 and config.rollout.replay is None:
             closing.callback(stop_ray)
             controller = RolloutController(config, config.student, load_weights=False)
             closing.callback(controller.close)
@@ -108,16 +106,15 @@ def open_session(config: SodConfig) -> Iterator[Session]:
             progress = checkpoints.load(student, resume_from)
         if controller is not None:
             controller.wait_until_ready("student engines")
-        sync = None
-        if config.rollout.replay is None:
-            sync = _weight_sync(config, student, inputs.student, controller)
-            closing.callback(sync.close)
+        sync = _weight_sync(config, student, inputs.student, controller)
+        closing.callback(sync.close)
         yield Session(
             config=config,
             groups=groups,
             student=student,
             teacher=teacher,
             prompts=inputs.prompts,
+            teacher_prompts=inputs.teacher_prompts,
             eval_prompts=inputs.eval_prompts,
             order=PromptOrder(len(inputs.prompts), config.seed, config.data.shuffle),
             run_dir=run_dir,
@@ -126,7 +123,6 @@ def open_session(config: SodConfig) -> Iterator[Session]:
             tokenizer=inputs.tokenizer,
             sync=sync,
             telemetry=telemetry,
-            recording=_recording(config, run_dir),
             controller=controller,
             teacher_controller=teacher_controller,
         )
@@ -145,23 +141,32 @@ class Inputs:
             problems += layout_problems(self.teacher, config.teacher.parallel, "teacher")
             teacher_tokenizer = load_tokenizer(config.teacher.path)
             check_same_vocabulary(self.student, self.teacher, self.tokenizer, teacher_tokenizer)
+            if config.teacher.source == "self" and not has_weights(config.teacher.path):
+                problems.append(
+                    f"teacher.source self: {config.student.path} holds no weights to copy; start "
+                    "from a trained model directory"
+                )
         if problems:
             raise ConfigError("\n".join(problems))
         chat = make_chat(config, config.student.path)
-        if config.teacher is not None and not config.teacher.allow_template_mismatch:
-            teacher_path = config.teacher.path
-            check_same_chat(chat, lambda: make_chat(config, teacher_path))
         data, rollout = config.data, config.rollout
         options = dict(
             prompt_key=data.prompt_key,
             answer_key=data.answer_key,
+            hint_key=data.hint_key,
             max_length=rollout.max_prompt_length,
         )
         self.prompts = load_prompts(data.train, chat, **options)  # type: ignore[arg-type]
+        self.teacher_prompts = None
+        if config.teacher is not None and config.teacher.privileged != "none":
+            self.teacher_prompts = teacher_prompts(
+                self.prompts,
+                chat,
+                config.teacher.privileged,
+                max_extra_length=config.teacher.max_privileged_length,
+            )
         self.eval_prompts = load_prompts(data.eval, chat, **options) if data.eval else []  # type: ignore[arg-type]
         PromptOrder(len(self.prompts), 0).draw(0, config.train.train_batch_size)
-        if config.rollout.replay is not None:
-            Recording(config.rollout.replay).check_complete(config.train.num_iterations)
 
 
 def _model(
@@ -182,12 +187,6 @@ def _resume_from(config: SodConfig, checkpoints: Checkpoints) -> str | Path | No
 
 def _teacher_is_evaluated(run_dir: RunDir) -> bool:
     return any(row["model"] == "teacher" for row in run_dir.rows("evals.jsonl"))
-
-
-def _recording(config: SodConfig, run_dir: RunDir) -> Recording | None:
-    if config.rollout.replay is not None:
-        return Recording(config.rollout.replay)
-    return Recording(run_dir.rollouts) if config.rollout.record else None
 
 
 def _weight_sync(

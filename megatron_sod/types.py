@@ -19,8 +19,9 @@ class Prompt:
     prompt_id: str  # stable across epochs: "tiny_world:train:17"
     token_ids: list[int]  # ends with the assistant marker, ready to be continued
     answer: str  # "499"
-    data_source: str  # chooses the grader: "tiny_world", "gsm8k", ...
+    data_source: str  # "tiny_world", "gsm8k", ...
     messages: list[dict] = field(default_factory=list)
+    hint: str = ""  # for a privileged teacher only: "2 comes before 3"
 
 
 @dataclass(frozen=True)
@@ -50,17 +51,11 @@ class Trajectory:
     finish_reason: str  # answer | max_turns | max_length | infra_error
     reward: float  # 1.0 right, 0.0 wrong; NaN when not graded
     policy_version: int  # the newest version that wrote a token
-    score: float = float("nan")  # as graded, in [0, 1]; `reward` may be shaped from it
 
     @property
     def is_valid(self) -> bool:
         """False for trajectories that infrastructure failures spoilt: they teach nothing."""
         return self.finish_reason != "infra_error" and any(self.loss_mask)
-
-    @property
-    def is_mixed_version(self) -> bool:
-        """Whether weights changed while it was being written."""
-        return len(set(self.policy_versions) - {-1}) > 1
 
     @property
     def num_tokens(self) -> int:
@@ -91,6 +86,9 @@ class MiniBatch:
     """What one optimizer step trains on, on this data-parallel rank."""
 
     micro_batches: list[MicroBatch]
+    # What the teacher reads when its prompts differ from the student's: the same responses in the
+    # same order, so that rows agree one to one. None: the teacher reads `micro_batches`.
+    teacher_micro_batches: list[MicroBatch] | None = None
 
 
 @dataclass(frozen=True)
@@ -100,6 +98,8 @@ class TrainingBatch:
     mini_batches: list[MiniBatch]
     trajectories: list[Trajectory]  # this rank's, in the order trajectory_ids count them
     group_advantages: torch.Tensor  # [N] float32, over the whole group of each prompt
+    is_taught: torch.Tensor | None = None  # [N] bool, False: no privileged prompt; None: all are
+    num_nonfinite: int = 0  # trajectories left out because a score was not a finite number
 
 
 @dataclass(frozen=True)

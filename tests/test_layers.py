@@ -68,7 +68,13 @@ HEAVY = {
     "apex": (),
 }
 # Modules of the folders allowed above that must stay importable without Megatron all the same.
-LIGHT = ("model.geometry", "model.parity", "reshard.manifest", "scoring.credit")
+LIGHT = (
+    "model.geometry",
+    "model.parity",
+    "reshard.manifest",
+    "scoring.credit",
+    "scoring.screen",
+)
 
 
 def _modules() -> dict[str, Path]:

@@ -8,6 +8,7 @@ from megatron_sod.algorithm.step_weights import (
 )
 from megatron_sod.algorithm.steps import (
     packed_step_divergence,
+    quantile_over_ranks,
     segment_sums,
     step_divergence,
     token_weights,
@@ -18,6 +19,7 @@ __all__ = [
     "STEP_WEIGHTS",
     "StepWeightInputs",
     "packed_step_divergence",
+    "quantile_over_ranks",
     "register_step_weight",
     "segment_sums",
     "step_divergence",

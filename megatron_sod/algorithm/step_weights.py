@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_sod.algorithm.steps import quantile_over_ranks
+
 
 @dataclass(frozen=True)
 class StepWeightInputs:
@@ -75,6 +77,7 @@ def step_weights(
     wrong_BK: torch.Tensor | None = None,
     d_floor: float | None = None,
     w_min: float | None = None,
+    anchor_floor: float | None = None,
 ) -> torch.Tensor:
     """Trust in the teacher at each step, from how far the student has drifted since step 1.
 
@@ -90,6 +93,7 @@ def step_weights(
         wrong_BK: [B, K] bool, True where the step's tool outcome is neither ok nor infra_error.
         d_floor: raise d_1 to this quantile of the valid divergences in d_BK (None: off), so that
             a chance agreement in step 1 does not silence the rest of the trajectory.
+        anchor_floor: the same floor in nats, for callers that know the quantile over all ranks.
         w_min: lower bound on valid steps' weights (None: off).
     Returns:
         [B, K] in d_BK's dtype; 0 on steps that are not valid. No gradient flows through it.
@@ -101,10 +105,12 @@ def step_weights(
     entry = _checked_entry(policy, d_BK, valid_BK, wrong_BK, delta, epsilon, d_floor, w_min)
     valid_BK = valid_BK.bool()
     d64_BK = torch.where(valid_BK, d_BK.detach().double(), 0.0)
+    if anchor_floor is None and d_floor is not None:
+        anchor_floor = quantile_over_ranks(d64_BK[valid_BK], d_floor)
     inputs = StepWeightInputs(
         d_BK=d64_BK,
         valid_BK=valid_BK,
-        anchor_B1=_anchor(d64_BK, valid_BK, d_floor),
+        anchor_B1=_anchor(d64_BK, valid_BK, anchor_floor),
         wrong_BK=None if wrong_BK is None else wrong_BK.bool(),
         delta=delta,
         epsilon=epsilon,
@@ -140,14 +146,12 @@ def _checked_entry(policy, d_BK, valid_BK, wrong_BK, delta, epsilon, d_floor, w_
     return entry
 
 
-def _anchor(d_BK: torch.Tensor, valid_BK: torch.Tensor, d_floor: float | None) -> torch.Tensor:
+def _anchor(d_BK: torch.Tensor, valid_BK: torch.Tensor, floor: float | None) -> torch.Tensor:
     if d_BK.shape[1] == 0:
         return d_BK.new_zeros(d_BK.shape[0], 1)
     first_B1 = valid_BK.int().argmax(dim=1, keepdim=True)
     anchor_B1 = d_BK.gather(1, first_B1)
-    if d_floor is not None and bool(valid_BK.any()):
-        anchor_B1 = anchor_B1.clamp_min(torch.quantile(d_BK[valid_BK], d_floor))
-    return anchor_B1
+    return anchor_B1 if floor is None else anchor_B1.clamp_min(floor)
 
 
 def _is_first(valid_BK: torch.Tensor) -> torch.Tensor:

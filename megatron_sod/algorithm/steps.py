@@ -152,6 +152,29 @@ def valid_steps(d_NK: torch.Tensor, counts_NK: torch.Tensor) -> torch.Tensor:
     return (counts_NK > 0) & usable_N1
 
 
+def quantile_over_ranks(
+    values: torch.Tensor, q: float, group: dist.ProcessGroup | None = None
+) -> float | None:
+    """The q-quantile (linear interpolation) of the values of all ranks; None without any.
+
+    Args:
+        values: [any] float64 on this rank; sizes may differ between ranks.
+        group: data-parallel ranks, or None.
+    Distributed: two all-gathers over `group`; none without it.
+    """
+    values = values.double()
+    if group is not None and dist.get_world_size(group) > 1:
+        size = torch.tensor([values.numel()], device=values.device)
+        sizes = [torch.zeros_like(size) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(sizes, size, group=group)
+        padded = values.new_zeros(max(int(s) for s in sizes))
+        padded[: values.numel()] = values
+        rows = [torch.zeros_like(padded) for _ in sizes]
+        dist.all_gather(rows, padded, group=group)
+        values = torch.cat([row[: int(s)] for row, s in zip(rows, sizes, strict=True)])
+    return float(torch.quantile(values, q)) if values.numel() else None
+
+
 def token_weights(
     w_NK: torch.Tensor, step_ids_T: torch.Tensor, trajectory_ids_T: torch.Tensor
 ) -> torch.Tensor:

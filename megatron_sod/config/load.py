@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
-from megatron_sod.config.methods import PRESETS
+from megatron_sod.config.methods import PRESETS, REF_COMPAT
 from megatron_sod.config.report import problems_of
 from megatron_sod.config.rules import cross_field_problems
 from megatron_sod.config.schema import SftConfig, SodConfig
@@ -43,9 +43,9 @@ def _load(path: str | Path, overrides: list[str] | None, schema: type[Schema]) -
     layers = [_read_with_defaults(Path(path), seen=()), _parse_overrides(overrides or [])]
     try:
         merged = OmegaConf.merge(*layers)
+        assert isinstance(merged, DictConfig)
         if issubclass(schema, SodConfig):
-            preset = PRESETS.get(str(OmegaConf.select(merged, "method", default="sod")), {})
-            merged = OmegaConf.merge(OmegaConf.create(preset), merged)
+            merged = _with_presets(merged)
         config = schema.model_validate(OmegaConf.to_container(merged, resolve=True))
     except OmegaConfBaseException as error:
         raise ConfigError(f"{path}: {error}") from error
@@ -54,6 +54,19 @@ def _load(path: str | Path, overrides: list[str] | None, schema: type[Schema]) -
     if problems := cross_field_problems(config):
         raise ConfigError(_listing(path, problems))
     return config
+
+
+def _with_presets(merged: DictConfig) -> DictConfig:
+    """Presets of the method beneath what the user gave; a self-teacher's keys from the student."""
+    preset = PRESETS.get(str(OmegaConf.select(merged, "method", default="sod")), {})
+    layers = [OmegaConf.create(preset), merged]
+    if OmegaConf.select(merged, "ref_compat", default=False) is True:
+        layers.insert(1, OmegaConf.create(REF_COMPAT))
+    complete = OmegaConf.merge(*layers)
+    assert isinstance(complete, DictConfig)
+    if OmegaConf.select(complete, "teacher.source") == "self" and "student" in complete:
+        complete.teacher = OmegaConf.merge(complete.student, complete.teacher)
+    return complete
 
 
 def config_hash(config: BaseModel) -> str:

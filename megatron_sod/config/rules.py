@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 from pydantic import BaseModel
 
@@ -52,13 +51,33 @@ def _batches(config: SodConfig) -> Iterator[str]:
             "make the first a multiple of the second"
         )
     longest = rollout.max_prompt_length + rollout.max_response_length
+    parts = "rollout.max_prompt_length + max_response_length"
+    if config.teacher is not None and config.teacher.privileged != "none":
+        longest += config.teacher.max_privileged_length
+        parts += " + teacher.max_privileged_length"
     if train.tokens_per_micro_batch < longest:
         yield (
             f"train.tokens_per_micro_batch {train.tokens_per_micro_batch} is below the longest "
-            f"trajectory, rollout.max_prompt_length + max_response_length = {longest}; raise it"
+            f"trajectory, {parts} = {longest}; raise it"
         )
     if rollout.max_observation_length >= rollout.max_response_length:
         yield "rollout.max_observation_length must be below rollout.max_response_length"
+
+
+def _schedules(config: SodConfig) -> Iterator[str]:
+    withdraw, compat = config.distill.withdraw, config.ref_compat
+    if withdraw is not None and withdraw.end_iteration <= withdraw.start_iteration:
+        yield "distill.withdraw.end_iteration must be above start_iteration"
+    if withdraw is not None and withdraw.final_coef == 0 and config.grpo.coef == 0:
+        yield (
+            "distill.withdraw ends at final_coef 0 and grpo.coef is 0: nothing would be learnt "
+            "from then on; raise one"
+        )
+    weight = config.distill.step_weight
+    if compat and (weight.d_floor is not None or weight.w_min is not None):
+        yield "ref_compat: the reference has no d_floor or w_min; set both to null"
+    if compat and config.distill.loss != "sampled_advantage":
+        yield "ref_compat: the reference has distill.loss sampled_advantage only"
 
 
 def _roles(config: SodConfig) -> Iterator[str]:
@@ -66,27 +85,23 @@ def _roles(config: SodConfig) -> Iterator[str]:
         yield f"method {config.method} distils from a teacher; give teacher.path or use method=grpo"
     if config.distill.coef == 0 and config.grpo.coef == 0:
         yield "grpo.coef and distill.coef are both 0: nothing would be learnt; raise one"
-    replicas = config.cluster.world_size // config.student.parallel.model_parallel_size
-    if config.distill.step_weight.d_floor is not None and replicas > 1:
-        yield (
-            "distill.step_weight.d_floor is a quantile over one rank's trajectories, and this "
-            f"layout has {replicas} data-parallel ranks: w_k would depend on the layout; set it to "
-            "null or raise the model-parallel size"
-        )
+    if config.teacher is not None and config.teacher.source == "self":
+        if config.teacher.path != config.student.path:
+            yield (
+                f"teacher.source self copies the student, but teacher.path {config.teacher.path} "
+                f"is not student.path {config.student.path}; drop teacher.path"
+            )
+        if config.teacher.privileged == "none":
+            yield (
+                "teacher.source self with teacher.privileged none is the student's own opinion; "
+                "set teacher.privileged to answer or hint"
+            )
+    yield from _schedules(config)
     if config.sandbox.kind == "sandbox_fusion" and not config.sandbox.url:
         yield "sandbox.kind sandbox_fusion needs sandbox.url, a list of service addresses"
     if config.reward.kind == "import" and not config.reward.function:
         yield "reward.kind import needs reward.function, e.g. my_rewards:grade"
-    if config.rollout.replay is not None:
-        yield from _replay(config, config.rollout.replay)
     if config.rollout.placement == "disaggregated":
         yield "rollout.placement disaggregated is not supported yet; use colocated"
     if config.eval.teacher and config.teacher is None:
         yield "eval.teacher needs a teacher section"
-
-
-def _replay(config: SodConfig, folder: str) -> Iterator[str]:
-    if config.rollout.record:
-        yield "rollout.replay and rollout.record exclude each other: a replay makes no rollouts"
-    if Path(config.observe.run_dir.format(name=config.name)) == Path(folder).parent:
-        yield "rollout.replay names this run's own folder; give the replay another `name`"

@@ -38,14 +38,7 @@ class ParallelConfig(Section):
     )
     context_parallel_size: int = Field(1, gt=0)
     expert_model_parallel_size: int = Field(1, gt=0)
-    expert_tensor_parallel_size: int | None = Field(
-        None, gt=0, description="split of each expert; null: as tensor_model_parallel_size"
-    )
     sequence_parallel: bool = False
-
-    @property
-    def expert_tp_size(self) -> int:
-        return self.expert_tensor_parallel_size or self.tensor_model_parallel_size
 
     @property
     def model_parallel_size(self) -> int:
@@ -68,9 +61,16 @@ class ModelConfig(Section):
 
 
 class TeacherConfig(ModelConfig):
-    source: Literal["model"] = Field("model", description="where teacher scores come from")
-    allow_template_mismatch: bool = Field(
-        False, description="accept a teacher whose chat template or thinking mode differs"
+    source: Literal["model", "self"] = Field(
+        "model",
+        description="self: a frozen copy of the student's initial weights; every other key of this "
+        "section then defaults to the student's",
+    )
+    privileged: Literal["none", "answer", "hint"] = Field(
+        "none", description="what the teacher reads beside the task; its rows stay the student's"
+    )
+    max_privileged_length: int = Field(
+        512, gt=0, description="tokens the privileged prompt may be longer; the text is cut to fit"
     )
 
 
@@ -96,6 +96,12 @@ class StepWeightConfig(Section):
     w_min: float | None = Field(None, ge=0, le=1, description="w_k is clipped from below at this")
 
 
+class WithdrawConfig(Section):
+    start_iteration: int = Field(ge=0, description="last iteration at the full distill.coef")
+    end_iteration: int = Field(gt=0, description="first iteration at final_coef; linear between")
+    final_coef: float = Field(0.0, ge=0)
+
+
 class DistillConfig(Section):
     loss: Literal["sampled_advantage", "sampled_separate", "reverse_kl", "forward_kl", "jsd"] = (
         "sampled_advantage"
@@ -104,6 +110,12 @@ class DistillConfig(Section):
     jsd_beta: float = Field(0.5, gt=0, lt=1, description="teacher share of the JSD mixture")
     log_ratio_clip: float | None = Field(
         10.0, gt=0, description="nats; per-token log-ratio is clipped to +- this; null: never"
+    )
+    withdraw: WithdrawConfig | None = Field(
+        None, description="lower `coef` on the way, for teachers the student may outgrow"
+    )
+    exclude_token_ids: list[int] = Field(
+        [], description="ids left out of d_k and of the distillation term, e.g. think tags"
     )
     step_weight: StepWeightConfig = StepWeightConfig()
 
@@ -115,6 +127,7 @@ class DataConfig(Section):
     eval: list[str] = Field([], description="same forms; empty: no evaluation")
     prompt_key: str = Field("prompt", description="column with the question or the messages")
     answer_key: str = Field("answer", description="column with the reference answer")
+    hint_key: str = Field("hint", description="column with the hint for teacher.privileged=hint")
     tools_in_prompt: bool = Field(True, description="list the tools in a system turn")
     enable_thinking: bool = Field(False, description="passed to the chat template")
     shuffle: bool = Field(True, description="new order each epoch, from `seed`")
@@ -143,10 +156,6 @@ class RolloutConfig(Section):
     max_observation_length: int = Field(512, gt=0, description="tokens kept of each tool result")
     max_staleness: Literal[0] = Field(0, description="iterations a rollout may lag behind")
     timeout_s: float = Field(1800, gt=0, description="one rollout phase at most")
-    record: bool = Field(False, description="keep every trajectory in RUN/rollouts")
-    replay: str | None = Field(
-        None, description="train on the rollouts of this folder; starts no engine and no sandbox"
-    )
     engine: EngineConfig = EngineConfig()
 
 
@@ -167,24 +176,8 @@ class SandboxConfig(Section):
 
 
 class RewardConfig(Section):
-    kind: Literal["auto", "math", "choice", "exact", "code", "reference", "import"] = Field(
-        "auto",
-        description="auto: by each prompt's answer; reference: the public reference's -1.1 and 1",
-    )
+    kind: Literal["auto", "math", "choice", "exact", "import"] = "auto"
     function: str | None = Field(None, description="kind import: module.path:function")
-    code_score: Literal["all", "fraction"] = Field(
-        "all", description="a program earns 1 when all its tests pass, or the share that pass"
-    )
-    code_timeout_s: float = Field(10, gt=0, description="of one test")
-    max_code_tests: int | None = Field(None, gt=0, description="the first so many only; null: all")
-    tool_bonus: bool = Field(
-        False, description="train on 1 for right and min(-0.6, -1 + 0.1 per tool call) for wrong"
-    )
-    overlong_buffer: int | None = Field(
-        None,
-        gt=0,
-        description="student tokens before max_response_length over which the reward falls by 1",
-    )
 
 
 class TrainConfig(Section):
@@ -265,31 +258,28 @@ class ObserveConfig(Section):
     )
 
 
-class PlanConfig(Section):
-    """What --dry-run and the simulator assume of the rollouts. A run never reads it.
-
-    The defaults are a public run of the method on 8 GPUs: 4,950 tokens and 4.2 assistant turns
-    per trajectory at max_response_length 20,480.
-    """
-
-    mean_prompt_share: float = Field(0.15, gt=0, le=1, description="of rollout.max_prompt_length")
-    mean_response_share: float = Field(
-        0.24, gt=0, le=1, description="of rollout.max_response_length, observations included"
-    )
-    response_spread: float = Field(0.8, ge=0, description="standard deviation of log length")
-    mean_turns: float = Field(4.2, ge=1, description="assistant turns per trajectory")
-    observation_share: float = Field(0.1, ge=0, lt=1, description="of response tokens")
-    tool_latency_s: float = Field(1.0, ge=0, description="median of one call")
-    tool_latency_spread: float = Field(1.0, ge=0, description="standard deviation of log seconds")
-
-
 class SodConfig(Section):
     name: str = Field("sod", description="names the run directory")
     seed: int = 0
     cluster: ClusterConfig = ClusterConfig()
     student: ModelConfig
     teacher: TeacherConfig | None = Field(None, description="not needed by grpo")
-    method: Literal["sod", "sod_no_grpo", "opd", "opd_naive", "grpo"] = "sod"
+    method: Literal[
+        "sod",
+        "sod_no_grpo",
+        "sod_no_cap",
+        "sod_running_clip",
+        "sod_heuristic",
+        "sod_mask_after_wrong",
+        "opd",
+        "opd_naive",
+        "opsd_gt",
+        "opsd_hint",
+        "grpo",
+    ] = Field("sod", description="presets other keys, see config/methods.py")
+    ref_compat: bool = Field(
+        False, description="the reference's arithmetic where it differs on purpose; for parity"
+    )
     grpo: GrpoConfig = GrpoConfig()
     distill: DistillConfig = DistillConfig()
     data: DataConfig
@@ -301,7 +291,6 @@ class SodConfig(Section):
     watchdog: WatchdogConfig = WatchdogConfig()
     transfer: TransferConfig = TransferConfig()
     observe: ObserveConfig = ObserveConfig()
-    plan: PlanConfig = PlanConfig()
 
 
 class SftTrainConfig(Section):

@@ -44,7 +44,13 @@ def tool_schemas() -> list[dict]:
 
 
 def load_prompts(
-    sources: list[str], chat: ChatFormat, *, prompt_key: str, answer_key: str, max_length: int
+    sources: list[str],
+    chat: ChatFormat,
+    *,
+    prompt_key: str,
+    answer_key: str,
+    max_length: int,
+    hint_key: str = "hint",
 ) -> list[Prompt]:
     """Rendered prompts of all sources, in file order; over-long ones are counted and left out.
 
@@ -54,7 +60,8 @@ def load_prompts(
     prompts, num_too_long = [], 0
     for source in sources:
         for number, (row, origin) in enumerate(_rows(source)):
-            prompt = _prompt(row, origin, f"{source}:{number}", chat, prompt_key, answer_key)
+            keys = (prompt_key, answer_key, hint_key)
+            prompt = _prompt(row, origin, f"{source}:{number}", chat, *keys)
             if len(prompt.token_ids) > max_length:
                 num_too_long += 1
             else:
@@ -89,7 +96,13 @@ def load_conversations(sources: list[str], *, seed: int) -> Iterator[list[dict]]
 
 
 def _prompt(
-    row: dict, origin: str, prompt_id: str, chat: ChatFormat, prompt_key: str, answer_key: str
+    row: dict,
+    origin: str,
+    prompt_id: str,
+    chat: ChatFormat,
+    prompt_key: str,
+    answer_key: str,
+    hint_key: str,
 ) -> Prompt:
     for key in (prompt_key, answer_key):
         if row.get(key) in (None, ""):
@@ -110,6 +123,7 @@ def _prompt(
         answer=str(row[answer_key]),
         data_source=str(row.get("data_source") or ""),
         messages=messages,
+        hint=str(row.get(hint_key) or ""),
     )
 
 

@@ -22,6 +22,7 @@ def score(
     *,
     temperature: float,
     keep_teacher_hidden: bool = False,
+    teacher_micro_batches: list[MicroBatch] | None = None,
 ) -> list[TokenScores]:
     """Scores of each micro-batch on the last pipeline stage; an empty list on other stages.
 
@@ -30,12 +31,16 @@ def score(
         teacher: None for methods without one.
         temperature: of the rollouts; both distributions are taken at it.
         keep_teacher_hidden: keep what the exact-KL losses need to apply the teacher's head again.
+        teacher_micro_batches: what the teacher reads, if not the student's micro-batches; rows
+            must agree one to one.
     """
     teacher_hidden: list[torch.Tensor] = []
     if teacher is not None:
         teacher.eval()
         teacher_hidden = forward_only(
-            teacher, micro_batches, lambda hidden, batch, _: teacher.select_rows(hidden, batch.rows)
+            teacher,
+            teacher_micro_batches or micro_batches,
+            lambda hidden, batch, _: teacher.select_rows(hidden, batch.rows),
         )
     model = unwrapped(student)
 

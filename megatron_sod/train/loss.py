@@ -40,8 +40,7 @@ def make_loss_fn(
             clip_high=config.grpo.clip_high,
             dual_clip=config.grpo.dual_clip,
         )
-        if config.distill.coef > 0:
-            loss_R = loss_R + _distillation(stats, credit, config)
+        loss_R = loss_R + _distillation(stats, credit, config)
         count = torch.tensor(batch.rows.numel(), device=hidden.device)
         return loss_R.sum(), count, _collected(loss_R, stats, credit, config)
 
@@ -49,12 +48,12 @@ def make_loss_fn(
 
 
 def _divergence(model, teacher, hidden, batch: MicroBatch, score: TokenScores, config: SodConfig):
-    exact = config.distill.coef > 0 and config.distill.loss in EXACT_LOSSES
+    held = score.teacher_hidden  # kept when an exact loss needs the teacher's logits
     teacher_logits = None
-    if exact:
-        assert score.teacher_hidden is not None, "score(keep_teacher_hidden=True) for exact losses"
+    if held is not None:
         with torch.no_grad():
-            teacher_logits = F.linear(score.teacher_hidden, teacher.head_weight())
+            teacher_logits = F.linear(held, teacher.head_weight())
+    needs_jsd = held is not None and config.distill.loss == "jsd"
     return differentiable_divergence(
         model.output_logits(hidden, batch.rows),
         teacher_logits,
@@ -63,7 +62,7 @@ def _divergence(model, teacher, hidden, batch: MicroBatch, score: TokenScores, c
         vocab_size=model.real_vocab_size,
         group=model.pg_collection.tp,
         temperature=config.rollout.temperature,
-        jsd_beta=config.distill.jsd_beta if exact and config.distill.loss == "jsd" else None,
+        jsd_beta=config.distill.jsd_beta if needs_jsd else None,
         inplace=True,
     )
 
@@ -76,7 +75,10 @@ def _distillation(stats, credit: TokenCredit, config: SodConfig) -> torch.Tensor
     if loss == "sampled_separate":
         ratio = importance_ratio(stats.student_logprobs, credit.old_logprobs)
         return -credit.distill_weights * credit.log_ratios * ratio
-    return credit.distill_weights * getattr(stats, loss)
+    divergence_R = getattr(stats, loss)  # None once the teacher is withdrawn
+    if divergence_R is None:
+        return torch.zeros_like(credit.advantages)
+    return credit.distill_weights * divergence_R
 
 
 def _collected(loss_R, stats, credit: TokenCredit, config: SodConfig) -> dict[str, torch.Tensor]:

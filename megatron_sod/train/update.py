@@ -57,7 +57,7 @@ def update(
         start = end
     for group in (groups.dp_cp, groups.pp):
         dist.all_reduce(sums, group=group)
-    rows = float(sums[-1])
+    rows = max(float(sums[-1]), 1.0)  # none when no score was a finite number
     return {
         "actor/loss": float(sums[0]) / rows,
         "actor/ppo_kl": float(sums[1]) / rows,

@@ -4,10 +4,13 @@ Layer: pure, with YAML files in a temporary folder. The shipped files are tested
 tests/test_configs.py; command lines in tests/tools.
 """
 
+from typing import get_args
+
 import pytest
 
 from megatron_sod.config.load import config_hash, load_config, load_sft_config, to_yaml
 from megatron_sod.config.methods import PRESETS
+from megatron_sod.config.schema import SodConfig
 from megatron_sod.errors import ConfigError
 
 BASE = """
@@ -153,11 +156,17 @@ def test_a_missing_section_is_named_once_with_its_keys_to_come(write):
         (["teacher=null"], "give teacher.path or use method=grpo"),
         (["distill.coef=0", "grpo.coef=0"], "nothing would be learnt"),
         (["sandbox.kind=sandbox_fusion"], "needs sandbox.url"),
+        (["method=opsd_gt", "train.tokens_per_micro_batch=24000"], "is not student.path models/s"),
+        (["method=opsd_gt", "teacher.path=models/s"], "max_privileged_length = 23552"),
+        (["teacher.source=self", "teacher.path=models/s"], "the student's own opinion"),
+        (["distill.withdraw={start_iteration: 3, end_iteration: 3}"], "must be above start"),
+        (["method=opd_naive", "distill.withdraw={start_iteration: 0, end_iteration: 3}"],
+         "nothing would be learnt from then on"),
+        (["ref_compat=true", "distill.step_weight.d_floor=0.1"], "no d_floor or w_min"),
+        (["ref_compat=true", "distill.loss=jsd"], "sampled_advantage only"),
         (["reward.kind=import"], "needs reward.function"),
         (["rollout.placement=disaggregated"], "not supported yet"),
         (["method=grpo", "teacher=null", "eval.teacher=true"], "eval.teacher needs a teacher"),
-        (["rollout.replay=x/rollouts", "rollout.record=true"], "exclude each other"),
-        (["rollout.replay=runs/sod/rollouts"], "give the replay another `name`"),
         (["teacher.parallel.pipeline_model_parallel_size=1", "cluster.gpus_per_node=2",
           "student.parallel.pipeline_model_parallel_size=2"], "teacher.parallel must equal"),
     ],
@@ -186,6 +195,10 @@ def test_limits_exactly_met_are_accepted(write):
         ("sod_no_grpo", 0.0, 1.0, "sod"),
         ("opd", 1.0, 1.0, "uniform"),
         ("opd_naive", 0.0, 1.0, "uniform"),
+        ("sod_no_cap", 1.0, 1.0, "no_cap"),
+        ("sod_running_clip", 1.0, 1.0, "running_clip"),
+        ("sod_heuristic", 1.0, 1.0, "heuristic"),
+        ("sod_mask_after_wrong", 1.0, 1.0, "mask_after_wrong"),
         ("grpo", 1.0, 0.0, "sod"),
     ],
 )
@@ -194,6 +207,33 @@ def test_a_method_presets_its_keys(write, method, grpo, distill, policy):
     assert (config.grpo.coef, config.distill.coef) == (grpo, distill)
     assert config.distill.step_weight.policy == policy
     assert method in PRESETS
+
+
+@pytest.mark.parametrize(("method", "told"), [("opsd_gt", "answer"), ("opsd_hint", "hint")])
+def test_a_self_teacher_is_the_student_told_more(write, method, told):
+    text = BASE.replace("teacher: {path: models/t}\n", "").replace(
+        "{path: models/s}",
+        "{path: models/s, dtype: bfloat16, parallel: {tensor_model_parallel_size: 2}}",
+    )
+    config = load_config(
+        write(text), [f"method={method}", "cluster.gpus_per_node=2",
+                      "train.tokens_per_micro_batch=24000"]
+    )  # fmt: skip
+    assert (config.teacher.source, config.teacher.privileged) == ("self", told)
+    assert config.teacher.path == "models/s" and config.teacher.dtype == "bfloat16"
+    assert config.teacher.parallel == config.student.parallel
+    assert config.distill.step_weight.policy == "uniform" and config.grpo.coef == 1.0
+
+
+def test_every_method_of_the_schema_has_a_preset():
+    assert set(get_args(SodConfig.model_fields["method"].annotation)) == set(PRESETS)
+
+
+def test_ref_compat_takes_the_references_values_unless_told_otherwise(write):
+    assert load_config(write(BASE)).distill.log_ratio_clip == 10.0
+    assert load_config(write(BASE), ["ref_compat=true"]).distill.log_ratio_clip is None
+    own = ["ref_compat=true", "distill.log_ratio_clip=3"]
+    assert load_config(write(BASE), own).distill.log_ratio_clip == 3.0
 
 
 def test_a_key_in_the_file_wins_over_the_preset(write):

@@ -4,14 +4,14 @@ Layer: pure; no model and no process group. Scores themselves: tests/train; the 
 tests/algorithm/test_step_weights.py.
 """
 
-import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from megatron_sod.algorithm.policy_loss import clipped_surrogate
 from megatron_sod.data.packing import PackItem, pack
-from megatron_sod.scoring.credit import assign_credit
+from megatron_sod.scoring.credit import assign_credit, distill_coef
 from megatron_sod.types import MiniBatch, Step, TokenScores, TrainingBatch, Trajectory
 from tests.helpers.tiny import sod_config
 
@@ -173,18 +173,58 @@ def test_a_step_without_tokens_keeps_its_number_and_weighs_nothing():
     assert steps.step_divergence[0, 2] == pytest.approx(0.475)
 
 
-@pytest.mark.parametrize("bad", [math.nan, -math.inf])
-def test_a_score_that_is_no_number_removes_its_whole_trajectory_only(bad):
+def test_excluded_ids_leave_divergence_and_distillation_but_not_the_group_advantage():
+    # targets are 0..13 at the response positions; 5 and 6 are all of step 2, 8 opens step 3
+    (credit,), steps = _credit(distill={"exclude_token_ids": [5, 6, 8, 77]})
+    assert steps.valid.tolist() == [[True, False, True]]
+    # d_3 over the last three tokens: (.05 + .1 + .05) / 3; w_3 = min(.1333 / .0667, 1.2)
+    assert steps.step_divergence[0].tolist() == pytest.approx([D[0], 0.0, 0.2 / 3], abs=1e-6)
+    assert steps.step_weights[0].tolist() == pytest.approx([1.0, 0.0, 1.2])
+    expected = [0.7, 0.9, 1.0, 0.8, 0.8, 0.8, 0.8 + 0.06, 0.8 - 0.12, 0.8 + 0.06]
+    assert credit.advantages.tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_everything_excluded_leaves_plain_grpo():
+    (credit,), steps = _credit(distill={"exclude_token_ids": list(range(14))})
+    assert not steps.valid.any()
+    assert credit.advantages.tolist() == pytest.approx([0.8] * 9)
+
+
+def test_a_trajectory_its_teacher_has_no_privileged_prompt_for_is_left_to_grpo():
     config = sod_config("s", "t")
     batch, micros = _batch((0.8, 0.4))
-    good, spoilt = _counted(REF), _counted(REF)
-    spoilt[4] = bad
-    scores = [_scores(_counted(OLD), spoilt), _scores(_counted(OLD), good)]
-    (lost, kept), steps = assign_credit(batch, micros, scores, config)
-    assert steps.valid.tolist() == [[False] * 3, [True] * 3]
-    assert lost.advantages.tolist() == [0.0] * 9 == lost.log_ratios.tolist()
-    expected = [a - 0.4 for a in A_TOTAL]
-    assert kept.advantages.tolist() == pytest.approx(expected, abs=1e-6)
+    batch = replace(batch, is_taught=torch.tensor([True, False]))
+    scores = [_scores(_counted(OLD), _counted(REF)) for _ in micros]
+    (taught, alone), steps = assign_credit(batch, micros, scores, config)
+    assert taught.advantages.tolist() == pytest.approx(A_TOTAL, abs=1e-6)
+    assert alone.advantages.tolist() == pytest.approx([0.4] * 9)
+    assert steps.valid.tolist() == [[True] * 3, [False] * 3]
+
+
+def test_a_withdrawing_teacher_fades_and_then_has_no_say():
+    withdraw = {"start_iteration": 2, "end_iteration": 6, "final_coef": 0.0}
+    config = sod_config("s", "t", distill={"coef": 2.0, "withdraw": withdraw})
+    coefs = [distill_coef(config.distill, i) for i in (1, 2, 3, 4, 6, 9)]
+    assert coefs == [2.0, 2.0, 1.5, 1.0, 0.0, 0.0]
+    batch, micros = _batch((0.8,))
+    scores = [_scores(_counted(OLD), _counted(REF))]
+    (half,), _ = assign_credit(batch, micros, scores, config, coef=1.5)
+    assert half.advantages.tolist() == pytest.approx([0.8 + 1.5 * a for a in A_OPD], abs=1e-6)
+    (gone,), steps = assign_credit(batch, micros, scores, config, coef=0.0)
+    assert steps is None and gone.advantages.tolist() == pytest.approx([0.8] * 9)
+
+
+def test_the_floor_raises_the_anchor_to_a_quantile_of_all_divergences():
+    # d = .1333, 1.3, .0625; median .1333; the second trajectory's d_1 = .001 rises to it
+    near = [x - 0.001 * (i < 3) for i, x in enumerate(_counted(OLD))]
+    near[3:5] = [_counted(OLD)[3] - 0.4, _counted(OLD)[4] - 0.4]
+    near[5:] = [x - 0.2 for x in _counted(OLD)[5:]]  # d = .001, .4, .2
+    config = sod_config("s", "t", distill={"step_weight": {"d_floor": 0.5}})
+    batch, micros = _batch((0.0, 0.0))
+    scores = [_scores(_counted(OLD), _counted(REF)), _scores(_counted(OLD), near)]
+    _, steps = assign_credit(batch, micros, scores, config)
+    # sorted: .001 .0625 .1333 .2 .4 1.3; median (.1333 + .2) / 2 = .166667
+    assert steps.step_weights[1].tolist() == pytest.approx([1, 1 / 2.4, 1 / 1.2], abs=1e-4)
 
 
 def test_trajectories_do_not_mix_however_they_are_packed():
