@@ -26,6 +26,14 @@ class RolloutError(SodError, RuntimeError):
     """Rollouts cannot go on: an engine or worker died, or too many trajectories were lost."""
 
 
+class GraderUnavailable(SodError, RuntimeError):
+    """An answer could not be graded for a reason that is not the student's."""
+
+
+class WatchdogAlarm(SodError, RuntimeError):
+    """Training looks like it is collapsing; the run has saved its state and ends."""
+
+
 class WeightTransferError(SodError, RuntimeError):
     """The engines do not hold the trainer's weights."""
 

@@ -20,6 +20,7 @@ from megatron_sod.observe.summary import finish_run
 from megatron_sod.observe.telemetry import merge_telemetry
 from megatron_sod.parallel.share import from_rank0
 from megatron_sod.rollout.breaker import check_infrastructure
+from megatron_sod.rollout.shaping import shape_rewards
 from megatron_sod.scoring.credit import assign_credit, distill_coef
 from megatron_sod.scoring.score import score
 from megatron_sod.scoring.screen import screen
@@ -81,10 +82,10 @@ def run_iteration(session: Session) -> dict[str, float]:
     with clock("train"):
         update_metrics = update(session, batch, credits, scores)
     with clock("transfer"):
-        transfer = session.sync.transfer(session.progress.policy_version + 1)
+        update_metrics |= _transfer(session, session.progress.policy_version + 1)
     session.progress = Progress(
         iteration=iteration,
-        policy_version=transfer.policy_version,
+        policy_version=session.progress.policy_version + 1,
         num_prompts_drawn=session.progress.num_prompts_drawn + config.train.train_batch_size,
         num_optimizer_steps=session.progress.num_optimizer_steps + len(batch.mini_batches),
         config_hash=session.progress.config_hash,
@@ -92,10 +93,6 @@ def run_iteration(session: Session) -> dict[str, float]:
     with clock("record"):
         metrics = _record(session, trajectories, batch, micro_batches, scores, credits, steps)
     metrics |= update_metrics
-    metrics |= {
-        "transfer/canary_max_error": transfer.canary_max_error,
-        "transfer/bytes": float(transfer.num_bytes),
-    }
     with clock("save"):
         _save_if_due(session)
     with clock("eval"):
@@ -108,11 +105,17 @@ def run_iteration(session: Session) -> dict[str, float]:
 
 def _begin(session: Session) -> None:
     """Put the student into the engines; evaluate student and teacher before training."""
-    session.sync.transfer(session.progress.policy_version)
+    _transfer(session, session.progress.policy_version)
     if session.is_main:
         session.run_dir.drop_after(session.progress.iteration)
+        if session.config.rollout.record:
+            assert session.recording is not None
+            session.recording.drop_after(session.progress.iteration)
     if session.progress.iteration:
         say(f"resumed after iteration {session.progress.iteration}")
+    if session.config.rollout.replay is not None:
+        say(f"replaying the rollouts in {session.config.rollout.replay}: no engine, no evaluation")
+        return
 
     def work() -> None:
         if session.teacher_controller is not None:
@@ -143,18 +146,38 @@ def _roll_out(session: Session, iteration: int) -> list[Trajectory]:
     drawn = session.order.draw(session.progress.num_prompts_drawn, config.train.train_batch_size)
 
     def work() -> list[Trajectory]:
-        assert session.controller is not None
-        trajectories = session.controller.rollout(
-            [session.prompts[index] for index in drawn],
-            tag=str(iteration),
-            num_generations=config.rollout.num_generations,
-            temperature=config.rollout.temperature,
-            top_p=1.0,
-        )
+        if session.controller is None:
+            assert session.recording is not None, "a session has engines or a recording"
+            trajectories = session.recording.read(iteration)
+        else:
+            trajectories = session.controller.rollout(
+                [session.prompts[index] for index in drawn],
+                tag=str(iteration),
+                num_generations=config.rollout.num_generations,
+                temperature=config.rollout.temperature,
+                top_p=1.0,
+            )
+            if session.recording is not None:
+                session.recording.write(iteration, trajectories)
         check_infrastructure(trajectories, config.watchdog)
-        return trajectories
+        return shape_rewards(
+            trajectories,
+            config.reward,
+            max_response_length=config.rollout.max_response_length,
+        )
 
     return from_rank0(work, timeout_s=config.rollout.timeout_s)
+
+
+def _transfer(session: Session, policy_version: int) -> dict[str, float]:
+    """The student's weights into the engines, proven; nothing in a replay."""
+    if session.sync is None:
+        return {}
+    report = session.sync.transfer(policy_version)
+    return {
+        "transfer/canary_max_error": report.canary_max_error,
+        "transfer/bytes": float(report.num_bytes),
+    }
 
 
 def _training_batch(session: Session, trajectories: list[Trajectory]) -> TrainingBatch:
@@ -216,7 +239,8 @@ def _save_if_due(session: Session) -> None:
 def _evaluate_if_due(session: Session) -> None:
     train, iteration = session.config.train, session.progress.iteration
     due = train.eval_interval and iteration % train.eval_interval == 0
-    if session.eval_prompts and (due or iteration == train.num_iterations):
+    due = due or iteration == train.num_iterations
+    if session.eval_prompts and due and session.config.rollout.replay is None:
         from_rank0(
             lambda: _note(session, _evaluate(session, "student")),
             timeout_s=session.config.rollout.timeout_s,

@@ -14,6 +14,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_sod.config.load import config_hash
 from megatron_sod.config.schema import ModelConfig, SodConfig
+from megatron_sod.data.chat_parity import check_same_chat
 from megatron_sod.data.order import PromptOrder
 from megatron_sod.data.privileged import teacher_prompts
 from megatron_sod.data.sources import load_prompts, load_tokenizer
@@ -28,6 +29,7 @@ from megatron_sod.parallel import state
 from megatron_sod.reshard.canary import canary_sequences, trainer_logprobs
 from megatron_sod.reshard.sync import WeightSync
 from megatron_sod.rollout.controller import RolloutController, stop_ray
+from megatron_sod.rollout.recording import Recording
 from megatron_sod.rollout.worker import make_chat
 from megatron_sod.train.checkpoint import Checkpoints, Progress
 from megatron_sod.train.trainable import Trainable
@@ -50,8 +52,9 @@ class Session:
     checkpoints: Checkpoints
     progress: Progress
     tokenizer: Any
-    sync: WeightSync
+    sync: WeightSync | None  # None in a replay: there are no engines
     telemetry: Telemetry
+    recording: Recording | None = None  # where rollouts are kept, or come from in a replay
     controller: RolloutController | None = None
     teacher_controller: RolloutController | None = None
     last_metrics: dict[str, float] = field(default_factory=dict)
@@ -89,6 +92,7 @@ def open_session(config: SodConfig) -> Iterator[Session]:
             if resume_from is None:
                 run_dir.move_previous_aside()
             run_dir.prepare(config)
+        if dist.get_rank() == 0 and config.rollout.replay is None:
             closing.callback(stop_ray)
             controller = RolloutController(config, config.student, load_weights=False)
             closing.callback(controller.close)
@@ -106,8 +110,10 @@ def open_session(config: SodConfig) -> Iterator[Session]:
             progress = checkpoints.load(student, resume_from)
         if controller is not None:
             controller.wait_until_ready("student engines")
-        sync = _weight_sync(config, student, inputs.student, controller)
-        closing.callback(sync.close)
+        sync = None
+        if config.rollout.replay is None:
+            sync = _weight_sync(config, student, inputs.student, controller)
+            closing.callback(sync.close)
         yield Session(
             config=config,
             groups=groups,
@@ -123,6 +129,7 @@ def open_session(config: SodConfig) -> Iterator[Session]:
             tokenizer=inputs.tokenizer,
             sync=sync,
             telemetry=telemetry,
+            recording=_recording(config, run_dir),
             controller=controller,
             teacher_controller=teacher_controller,
         )
@@ -149,6 +156,9 @@ class Inputs:
         if problems:
             raise ConfigError("\n".join(problems))
         chat = make_chat(config, config.student.path)
+        if config.teacher is not None and not config.teacher.allow_template_mismatch:
+            teacher_path = config.teacher.path
+            check_same_chat(chat, lambda: make_chat(config, teacher_path))
         data, rollout = config.data, config.rollout
         options = dict(
             prompt_key=data.prompt_key,
@@ -167,6 +177,8 @@ class Inputs:
             )
         self.eval_prompts = load_prompts(data.eval, chat, **options) if data.eval else []  # type: ignore[arg-type]
         PromptOrder(len(self.prompts), 0).draw(0, config.train.train_batch_size)
+        if config.rollout.replay is not None:
+            Recording(config.rollout.replay).check_complete(config.train.num_iterations)
 
 
 def _model(
@@ -187,6 +199,12 @@ def _resume_from(config: SodConfig, checkpoints: Checkpoints) -> str | Path | No
 
 def _teacher_is_evaluated(run_dir: RunDir) -> bool:
     return any(row["model"] == "teacher" for row in run_dir.rows("evals.jsonl"))
+
+
+def _recording(config: SodConfig, run_dir: RunDir) -> Recording | None:
+    if config.rollout.replay is not None:
+        return Recording(config.rollout.replay)
+    return Recording(run_dir.rollouts) if config.rollout.record else None
 
 
 def _weight_sync(

@@ -51,11 +51,17 @@ class Trajectory:
     finish_reason: str  # answer | max_turns | max_length | infra_error
     reward: float  # 1.0 right, 0.0 wrong; NaN when not graded
     policy_version: int  # the newest version that wrote a token
+    score: float = float("nan")  # as graded, in [0, 1]; `reward` may be shaped from it
 
     @property
     def is_valid(self) -> bool:
         """False for trajectories that infrastructure failures spoilt: they teach nothing."""
         return self.finish_reason != "infra_error" and any(self.loss_mask)
+
+    @property
+    def is_mixed_version(self) -> bool:
+        """Whether weights changed while it was being written."""
+        return len(set(self.policy_versions) - {-1}) > 1
 
     @property
     def num_tokens(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from pydantic import BaseModel
 
@@ -101,7 +102,16 @@ def _roles(config: SodConfig) -> Iterator[str]:
         yield "sandbox.kind sandbox_fusion needs sandbox.url, a list of service addresses"
     if config.reward.kind == "import" and not config.reward.function:
         yield "reward.kind import needs reward.function, e.g. my_rewards:grade"
+    if config.rollout.replay is not None:
+        yield from _replay(config, config.rollout.replay)
     if config.rollout.placement == "disaggregated":
         yield "rollout.placement disaggregated is not supported yet; use colocated"
     if config.eval.teacher and config.teacher is None:
         yield "eval.teacher needs a teacher section"
+
+
+def _replay(config: SodConfig, folder: str) -> Iterator[str]:
+    if config.rollout.record:
+        yield "rollout.replay and rollout.record exclude each other: a replay makes no rollouts"
+    if Path(config.observe.run_dir.format(name=config.name)) == Path(folder).parent:
+        yield "rollout.replay names this run's own folder; give the replay another `name`"

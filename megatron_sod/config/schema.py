@@ -38,7 +38,14 @@ class ParallelConfig(Section):
     )
     context_parallel_size: int = Field(1, gt=0)
     expert_model_parallel_size: int = Field(1, gt=0)
+    expert_tensor_parallel_size: int | None = Field(
+        None, gt=0, description="split of each expert; null: as tensor_model_parallel_size"
+    )
     sequence_parallel: bool = False
+
+    @property
+    def expert_tp_size(self) -> int:
+        return self.expert_tensor_parallel_size or self.tensor_model_parallel_size
 
     @property
     def model_parallel_size(self) -> int:
@@ -71,6 +78,9 @@ class TeacherConfig(ModelConfig):
     )
     max_privileged_length: int = Field(
         512, gt=0, description="tokens the privileged prompt may be longer; the text is cut to fit"
+    )
+    allow_template_mismatch: bool = Field(
+        False, description="accept a teacher whose chat template or thinking mode differs"
     )
 
 
@@ -156,6 +166,10 @@ class RolloutConfig(Section):
     max_observation_length: int = Field(512, gt=0, description="tokens kept of each tool result")
     max_staleness: Literal[0] = Field(0, description="iterations a rollout may lag behind")
     timeout_s: float = Field(1800, gt=0, description="one rollout phase at most")
+    record: bool = Field(False, description="keep every trajectory in RUN/rollouts")
+    replay: str | None = Field(
+        None, description="train on the rollouts of this folder; starts no engine and no sandbox"
+    )
     engine: EngineConfig = EngineConfig()
 
 
@@ -176,8 +190,24 @@ class SandboxConfig(Section):
 
 
 class RewardConfig(Section):
-    kind: Literal["auto", "math", "choice", "exact", "import"] = "auto"
+    kind: Literal["auto", "math", "choice", "exact", "code", "reference", "import"] = Field(
+        "auto",
+        description="auto: by each prompt's answer; reference: the public reference's -1.1 and 1",
+    )
     function: str | None = Field(None, description="kind import: module.path:function")
+    code_score: Literal["all", "fraction"] = Field(
+        "all", description="a program earns 1 when all its tests pass, or the share that pass"
+    )
+    code_timeout_s: float = Field(10, gt=0, description="of one test")
+    max_code_tests: int | None = Field(None, gt=0, description="the first so many only; null: all")
+    tool_bonus: bool = Field(
+        False, description="train on 1 for right and min(-0.6, -1 + 0.1 per tool call) for wrong"
+    )
+    overlong_buffer: int | None = Field(
+        None,
+        gt=0,
+        description="student tokens before max_response_length over which the reward falls by 1",
+    )
 
 
 class TrainConfig(Section):
@@ -258,6 +288,24 @@ class ObserveConfig(Section):
     )
 
 
+class PlanConfig(Section):
+    """What --dry-run and the simulator assume of the rollouts. A run never reads it.
+
+    The defaults are a public run of the method on 8 GPUs: 4,950 tokens and 4.2 assistant turns
+    per trajectory at max_response_length 20,480.
+    """
+
+    mean_prompt_share: float = Field(0.15, gt=0, le=1, description="of rollout.max_prompt_length")
+    mean_response_share: float = Field(
+        0.24, gt=0, le=1, description="of rollout.max_response_length, observations included"
+    )
+    response_spread: float = Field(0.8, ge=0, description="standard deviation of log length")
+    mean_turns: float = Field(4.2, ge=1, description="assistant turns per trajectory")
+    observation_share: float = Field(0.1, ge=0, lt=1, description="of response tokens")
+    tool_latency_s: float = Field(1.0, ge=0, description="median of one call")
+    tool_latency_spread: float = Field(1.0, ge=0, description="standard deviation of log seconds")
+
+
 class SodConfig(Section):
     name: str = Field("sod", description="names the run directory")
     seed: int = 0
@@ -291,6 +339,7 @@ class SodConfig(Section):
     watchdog: WatchdogConfig = WatchdogConfig()
     transfer: TransferConfig = TransferConfig()
     observe: ObserveConfig = ObserveConfig()
+    plan: PlanConfig = PlanConfig()
 
 
 class SftTrainConfig(Section):

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_sod.convert.hf_files import HfTensors, write_hf_directory
-from megatron_sod.convert.layout import Segment, hf_shapes, segments_of
+from megatron_sod.convert.layout import Segment, hf_shapes, segments_of, sharding_of
 from megatron_sod.errors import ModelError
 from megatron_sod.model.build import HiddenStateGPT
 from megatron_sod.model.geometry import Geometry
@@ -32,6 +32,18 @@ def global_parameters(model: HiddenStateGPT) -> Iterator[tuple[str, torch.nn.Par
         yield name, parameter
 
 
+def split_of(groups: ProcessGroupCollection) -> dict[str, int]:
+    """This rank's place in the model, as `segments_of` takes it."""
+    return {
+        "tp_rank": groups.tp.rank(),
+        "tp_size": groups.tp.size(),
+        "ep_rank": groups.ep.rank(),
+        "ep_size": groups.ep.size(),
+        "expert_tp_rank": groups.expt_tp.rank(),
+        "expert_tp_size": groups.expt_tp.size(),
+    }
+
+
 def has_weights(model_dir: str | Path) -> bool:
     """Whether the directory holds weights, or only a configuration to be initialised."""
     return any(Path(model_dir).glob("*.safetensors"))
@@ -46,10 +58,9 @@ def load_hf_weights(model: HiddenStateGPT, geometry: Geometry, model_dir: str | 
         ModelError: a tensor is missing or has another shape than the geometry says.
     """
     tensors = HfTensors(model_dir)
-    shapes = hf_shapes(geometry)
-    tp = model.pg_collection.tp
+    shapes, split = hf_shapes(geometry), split_of(model.pg_collection)
     for name, parameter in global_parameters(model):
-        segments = segments_of(name, geometry, tp_rank=tp.rank(), tp_size=tp.size())
+        segments = segments_of(name, geometry, **split)
         with torch.no_grad():
             parameter.zero_()
             for segment in segments:
@@ -86,21 +97,19 @@ def owned_segments(
 ) -> Iterator[tuple[Segment, torch.Tensor]]:
     """(segment, view of the local parameter) this rank is the one owner of, in model order.
 
-    Replicated parameters are owned by TP rank 0, tied heads by the first stage; only
-    data-parallel rank 0 owns anything.
+    Replicated parameters are owned by TP rank 0, tied heads by the first stage; of the ranks that
+    hold equal copies for other data, rank 0 owns them.
     """
     groups: ProcessGroupCollection = model.pg_collection
-    if groups.dp_cp.rank() != 0:
-        return
-    tp = groups.tp
+    split = split_of(groups)
     for name, parameter in global_parameters(model):
         if name == "output_layer.weight" and geometry.tied_embeddings:
             continue
-        segments = segments_of(name, geometry, tp_rank=tp.rank(), tp_size=tp.size())
-        replicated = parameter.dim() == 1
-        if replicated and tp.rank() != 0:
+        sharding = sharding_of(name)
+        copies = groups.expt_dp if sharding == "expert" else groups.dp_cp
+        if copies.rank() != 0 or (sharding == "replicated" and groups.tp.rank() != 0):
             continue
-        for segment in segments:
+        for segment in segments_of(name, geometry, **split):
             view = (
                 value_of(parameter)
                 .detach()

@@ -28,13 +28,15 @@ def rollout_metrics(
     num_calls = sum(step.num_tool_calls for step in steps)
     outcomes = Counter(step.outcome for step in steps if step.num_tool_calls)
     metrics = {
-        "rollout/reward_mean": float(np.mean(rewards)) if rewards else 0.0,
+        "rollout/reward_mean": _mean(rewards),
+        "rollout/score_mean": _mean([t.score for t in valid]),
         "rollout/tool_calls_avg": num_calls / max(len(valid), 1),
         "rollout/num_turns": len(steps) / max(len(valid), 1),
         "rollout/response_length": _mean([len(t.response_token_ids) for t in valid]),
         "rollout/student_tokens": _mean([sum(t.loss_mask) for t in valid]),
         "rollout/infra_error_rate": 1 - len(valid) / max(len(trajectories), 1),
         "rollout/truncated_rate": _mean([t.finish_reason == "max_length" for t in valid]),
+        "rollout/mixed_version_share": _mean([t.is_mixed_version for t in valid]),
         "rollout/zero_var_group_frac": zero_variance_fraction(
             [t.reward for t in trajectories],
             [t.prompt_id for t in trajectories],

@@ -1,7 +1,7 @@
 """The files of one run.
 
 config.yaml  versions.json  metrics.jsonl  evals.jsonl  steps.parquet/  trajectories.jsonl
-checkpoints/  hf/  report.html  summary.json
+checkpoints/  hf/  rollouts/  report.html  summary.json
 """
 
 from __future__ import annotations
@@ -29,6 +29,10 @@ class RunDir:
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
+
+    @property
+    def rollouts(self) -> Path:
+        return self.path / "rollouts"
 
     @property
     def hf(self) -> Path:

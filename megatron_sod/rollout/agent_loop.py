@@ -11,7 +11,8 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from megatron_sod.data.chat import ChatFormat
-from megatron_sod.errors import RolloutError
+from megatron_sod.errors import GraderUnavailable, RolloutError
+from megatron_sod.observe.progress import say
 from megatron_sod.rollout.tool_calls import ToolCall, ToolCallParser
 from megatron_sod.rollout.tools import Observation, Tool
 from megatron_sod.rollout.trajectory_builder import TrajectoryBuilder
@@ -37,7 +38,7 @@ class SampledTurn:
 
     token_ids: list[int]  # with the stop token when one was sampled
     logprobs: list[float]  # after temperature, of each sampled token
-    policy_version: int
+    policy_versions: list[int]  # of the weights that sampled each token; never falls
 
 
 @dataclass(frozen=True)
@@ -71,16 +72,24 @@ class AgentLoop:
             reason = await self._turn(builder, temperature, top_p, seed)
             if reason is not None:
                 break
-        reward = float("nan") if reason == "infra_error" else 0.0
+        score = 0.0
         if reason == "answer":
-            final_turn = builder.last_turn[:-1]  # without the token that ended it
-            reward = await self._grade(prompt, self._chat.decode(final_turn))
-            if not math.isfinite(reward):
-                raise RolloutError(
-                    f"trajectory {trajectory_id}: the grader returned {reward}; a reward must be a "
-                    "finite number, so correct reward.function"
-                )
-        return builder.finish(reason, reward)
+            try:
+                score = await self._graded(prompt, builder)
+            except GraderUnavailable as error:
+                say(f"trajectory {trajectory_id} cannot be graded: {error}")
+                reason = "infra_error"
+        return builder.finish(reason, float("nan") if reason == "infra_error" else score)
+
+    async def _graded(self, prompt: Prompt, builder: TrajectoryBuilder) -> float:
+        final_turn = builder.last_turn[:-1]  # without the token that ended it
+        score = await self._grade(prompt, self._chat.decode(final_turn))
+        if not math.isfinite(score):
+            raise RolloutError(
+                f"trajectory {builder.trajectory_id}: the grader returned {score}; a reward must "
+                "be a finite number, so correct reward.function"
+            )
+        return score
 
     async def _turn(self, builder, temperature: float, top_p: float, seed: int) -> str | None:
         """One turn and its tools; the finish reason when the trajectory ends here."""
@@ -93,7 +102,7 @@ class AgentLoop:
         turn = await self._generate(
             builder.token_ids, Sampling(temperature, top_p, room, stop, turn_seed)
         )
-        builder.add_turn(turn.token_ids, turn.logprobs, turn.policy_version)
+        builder.add_turn(turn.token_ids, turn.logprobs, turn.policy_versions)
         if not turn.token_ids or turn.token_ids[-1] not in stop:
             return "max_length"  # cut: neither a newline nor an observation may follow
         calls = self._parser.parse(turn.token_ids)

@@ -86,13 +86,12 @@ class Engine:
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        version = self._policy_version
         output = (await self._final(token_ids, params)).outputs[0]
         sampled = list(output.token_ids)
         logprobs = [
             entry[token].logprob for entry, token in zip(output.logprobs, sampled, strict=True)
         ]
-        return SampledTurn(sampled, logprobs, version)
+        return SampledTurn(sampled, logprobs, _policy_versions(output.weight_versions, sampled))
 
     async def score(self, token_ids: list[int]) -> list[float]:
         """Logprob of each token but the first, given those before it."""
@@ -130,3 +129,16 @@ class Engine:
 
     async def close(self) -> None:
         self._llm.shutdown()
+
+
+def _policy_versions(spans, sampled: list[int]) -> list[int]:
+    """The version of the weights that sampled each token, from vLLM's spans; -1 before any
+    transfer. A sequence kept through a transfer has one version before it and one after."""
+    versions: list[int] = []
+    for span in spans or []:
+        version = int(span.version) if span.version.isdigit() else -1
+        versions += [version] * (span.end - span.start)
+    assert len(versions) == len(sampled) and versions == sorted(versions), (
+        f"vLLM reports weight versions {spans} for {len(sampled)} tokens"
+    )
+    return versions

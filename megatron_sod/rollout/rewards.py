@@ -6,43 +6,69 @@ import importlib
 import re
 from collections.abc import Callable
 
+from megatron_sod.config.schema import RewardConfig
 from megatron_sod.errors import ConfigError
+from megatron_sod.rollout.answers import (
+    last_boxed,
+    normalised,
+    reference_answer,
+    split_unit,
+    splits_a_number,
+)
+from megatron_sod.rollout.code_tests import CodeGrader, is_code_task
 from megatron_sod.rollout.math_check import MathChecker
+from megatron_sod.rollout.reference_rewards import grade_reference
 from megatron_sod.types import Prompt
 
 Grader = Callable[[Prompt, str], float]
 
-# Commas only where they group thousands: "1,2" is a pair.
-_NUMBER = re.compile(r"(-?)((?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+))(?:\.([0-9]+))?")
 _COMMAND = re.compile(r"\\[A-Za-z]+")  # \text, \mathrm
+_LABEL = re.compile(
+    r"(?:the )?(?:(?:final|correct) )?(?:answer|option|choice)(?: is)?\b[\s:]*", re.I
+)
 _MATH = MathChecker()
 
 
-def make_grader(kind: str, function: str | None = None) -> Grader:
+def make_grader(config: RewardConfig, open_sandbox: Callable[[], object] | None = None) -> Grader:
     """The grader a configuration names.
 
+    Args:
+        open_sandbox: called once, when the first code task comes.
     Raises:
         ConfigError: the imported function does not exist.
     """
-    if kind == "import":
-        return _imported(function or "")
-    return {"auto": grade_auto, "math": grade_math, "choice": grade_choice, "exact": grade_exact}[
-        kind
-    ]
+    if config.kind == "import":
+        return _imported(config.function or "")
+    if config.kind in ("auto", "code"):
+        return _AutoGrader(config, open_sandbox)
+    return {
+        "math": grade_math,
+        "choice": grade_choice,
+        "exact": grade_exact,
+        "reference": grade_reference,
+    }[config.kind]
 
 
-def last_boxed(text: str) -> str | None:
-    r"""Content of the last \boxed{...} after the last </think>, braces balanced; None if absent."""
-    text = text.rpartition("</think>")[2]
-    start = text.rfind("\\boxed{")
-    if start < 0:
-        return None
-    depth, begin = 0, start + len("\\boxed{")
-    for at in range(begin - 1, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[at], 0)
-        if depth == 0:
-            return text[begin:at]
-    return None
+class _AutoGrader:
+    """Code by its tests, letters as choices, the tiny world exactly, the rest as mathematics."""
+
+    def __init__(self, config: RewardConfig, open_sandbox: Callable[[], object] | None):
+        self._config, self._open_sandbox = config, open_sandbox
+        self._code: CodeGrader | None = None
+
+    def __call__(self, prompt: Prompt, text: str) -> float:
+        if self._config.kind == "code" or is_code_task(prompt):
+            return self._code_grader()(prompt, text)
+        return grade_auto(prompt, text)
+
+    def _code_grader(self) -> CodeGrader:
+        if self._code is None:
+            assert self._open_sandbox is not None, "code tasks are graded in a sandbox"
+            config = self._config
+            self._code = CodeGrader(
+                self._open_sandbox(), score=config.code_score, max_tests=config.max_code_tests
+            )
+        return self._code
 
 
 def grade_exact(prompt: Prompt, text: str) -> float:
@@ -56,16 +82,24 @@ def grade_math(prompt: Prompt, text: str) -> float:
     boxed = last_boxed(text)
     if boxed is None:
         return 0.0
-    reference = _reference(prompt.answer)
-    if _normalised(boxed) == _normalised(reference):
+    reference = reference_answer(prompt.answer)
+    if normalised(boxed) == normalised(reference):
         return 1.0
-    return float(_MATH.equal(reference, boxed))
+    given, given_unit = split_unit(boxed)
+    wanted, wanted_unit = split_unit(reference)
+    if given_unit and wanted_unit and given_unit != wanted_unit:
+        return 0.0  # 5 cm is not 5 m
+    if splits_a_number(given) != splits_a_number(wanted):
+        return 0.0  # math-verify reads "3 3" as 33
+    if given_unit or wanted_unit:
+        boxed, reference = given, wanted
+    return float(normalised(boxed) == normalised(reference) or _MATH.equal(reference, boxed))
 
 
 def grade_choice(prompt: Prompt, text: str) -> float:
     """1 when the boxed letter is the reference letter."""
-    boxed = last_boxed(text)
-    letters = re.findall(r"[A-Za-z]", _COMMAND.sub("", boxed or ""))
+    plain = _LABEL.sub("", re.sub(r"[{}]", "", _COMMAND.sub("", last_boxed(text) or "")))
+    letters = re.findall(r"[A-Za-z]", plain)
     return float(len(letters) == 1 and letters[0].upper() == prompt.answer.strip().upper())
 
 
@@ -76,22 +110,6 @@ def grade_auto(prompt: Prompt, text: str) -> float:
     if re.fullmatch(r"\s*[A-Ja-j]\s*", prompt.answer):
         return grade_choice(prompt, text)
     return grade_math(prompt, text)
-
-
-def _reference(answer: str) -> str:
-    """GSM8K writes its solution before `#### 42`."""
-    return answer.rpartition("####")[2].strip()
-
-
-def _normalised(answer: str) -> str:
-    """One spelling per number, digit by digit: floats would call distinct large numbers equal."""
-    answer = answer.strip().rstrip(".").replace("\\dfrac", "\\frac")
-    if match := _NUMBER.fullmatch(answer):
-        sign, whole, fraction = match.groups(default="")
-        whole, fraction = whole.replace(",", "").lstrip("0") or "0", fraction.rstrip("0")
-        number = f"{whole}.{fraction}" if fraction else whole
-        return number if number == "0" else sign + number
-    return answer.replace(" ", "")
 
 
 def _imported(path: str) -> Grader:

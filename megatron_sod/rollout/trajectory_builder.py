@@ -28,18 +28,21 @@ class TrajectoryBuilder:
     def num_turns(self) -> int:
         return len(self._steps)
 
-    def add_turn(self, token_ids: list[int], logprobs: list[float], policy_version: int) -> None:
-        """Tokens the student sampled: the next step."""
+    def add_turn(
+        self, token_ids: list[int], logprobs: list[float], policy_versions: list[int]
+    ) -> None:
+        """Tokens the student sampled, and the weights' version at each: the next step."""
         step = self.num_turns + 1
         count = len(token_ids)
-        assert len(logprobs) == count, (
-            f"{self.trajectory_id}: {len(logprobs)} logprobs for {count} sampled tokens"
+        assert len(logprobs) == len(policy_versions) == count, (
+            f"{self.trajectory_id}: {len(logprobs)} logprobs and {len(policy_versions)} versions "
+            f"for {count} sampled tokens"
         )
         self.response += token_ids
         self._mask += [True] * count
         self._step_ids += [step] * count
         self._logprobs += logprobs
-        self._versions += [policy_version] * count
+        self._versions += policy_versions
         self._steps.append(Step(step, "none", count))
         self.last_turn = token_ids
 
@@ -57,7 +60,7 @@ class TrajectoryBuilder:
         self._logprobs += [0.0] * count
         self._versions += [-1] * count
 
-    def finish(self, reason: str, reward: float) -> Trajectory:
+    def finish(self, reason: str, score: float) -> Trajectory:
         return Trajectory(
             trajectory_id=self.trajectory_id,
             prompt_id=self.prompt.prompt_id,
@@ -69,6 +72,7 @@ class TrajectoryBuilder:
             policy_versions=self._versions,
             steps=tuple(self._steps),
             finish_reason=reason,
-            reward=reward,
+            reward=score,
             policy_version=max(self._versions, default=-1),
+            score=score,
         )

@@ -42,7 +42,9 @@ class RolloutWorker:
         self._tool: Tool = self._interpreter
         if sandbox.failure_rate > 0:
             self._tool = FlakyTool(self._interpreter, sandbox.failure_rate)
-        self._grader = make_grader(config.reward.kind, config.reward.function)
+        self._grader = make_grader(
+            config.reward, lambda: _open(sandbox, timeout_s=config.reward.code_timeout_s)
+        )
         rollout = config.rollout
         self._limits = Limits(
             rollout.max_turns,
@@ -92,14 +94,15 @@ class RolloutWorker:
         self._sandbox.close()
 
 
-def _open(sandbox):
+def _open(sandbox, *, timeout_s: float | None = None):
+    timeout_s = timeout_s or sandbox.timeout_s
     if sandbox.kind == "sandbox_fusion":
         from megatron_sod.sandbox.fusion_client import FusionClient
 
-        return FusionClient(sandbox.url, timeout_s=sandbox.timeout_s, memory_mb=sandbox.memory_mb)
+        return FusionClient(sandbox.url, timeout_s=timeout_s, memory_mb=sandbox.memory_mb)
     return open_sandbox(
         level=sandbox.level,
-        timeout_s=sandbox.timeout_s,
+        timeout_s=timeout_s,
         memory_mb=sandbox.memory_mb,
         warm=sandbox.warm,
         preload=tuple(sandbox.preload),

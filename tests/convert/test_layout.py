@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_sod.convert.layout import Segment, hf_shapes, segments_of
+from megatron_sod.convert.layout import Segment, hf_shapes, segments_of, sharding_of
 from megatron_sod.errors import ModelError
 from megatron_sod.model.geometry import Geometry
 
@@ -31,49 +31,80 @@ GQA = Geometry(
     max_position_embeddings=64,
     initializer_range=0.02,
 )
+MOE = replace(GQA, family="qwen3_moe", num_layers=2, num_experts=8, experts_per_token=3,
+              expert_ffn_hidden_size=12, tied_embeddings=False)  # fmt: skip
 GEOMETRIES = {
     "gqa_tied": GQA,
     "gqa_untied": replace(GQA, tied_embeddings=False),
     "every_head_its_own_group": replace(GQA, num_query_groups=12, num_layers=1),
     "no_qk_norm": replace(GQA, qk_norm=False, num_layers=1),
+    "qkv_bias": replace(GQA, family="qwen2", qk_norm=False, qkv_bias=True, num_layers=2),
     "vocabulary_of_one_row_past_the_padding": replace(GQA, vocab_size=513, tied_embeddings=False),
     "vocabulary_smaller_than_one_shard": replace(GQA, vocab_size=97, tied_embeddings=False),
+    "experts": MOE,
 }
-CASES = [(name, tp) for name in GEOMETRIES for tp in (1, 2, 4)]
+# (geometry, tensor parallel, expert parallel, split of each expert)
+CASES = [(name, tp, 1, tp) for name in GEOMETRIES for tp in (1, 2, 4)]
+CASES += [("experts", 1, 2, 1), ("experts", 2, 4, 1), ("experts", 4, 2, 2)]
+PROJECTIONS = {"local": "local_experts.{}.linear_fc{}.weight", "grouped": "linear_fc{1}.weight{0}"}
 
 
-def _parameters(g: Geometry, tp: int) -> dict[str, tuple[int, ...]]:
-    """Shapes Megatron gives its parameters on each rank, written out independently."""
+def _parameters(g: Geometry, tp: int, ep: int, etp: int, experts: str = "local"):
+    """Name -> (shape, sharding) as Megatron has them on each rank, written out independently."""
     qkv = (g.num_attention_heads + 2 * g.num_query_groups) * g.head_dim // tp
     queries = g.num_attention_heads * g.head_dim // tp
     vocabulary = (-(-g.vocab_size // (128 * tp)) * 128 * tp // tp, g.hidden_size)
-    shapes = {"embedding.word_embeddings.weight": vocabulary}
+    split: dict[str, tuple[int, ...]] = {"embedding.word_embeddings.weight": vocabulary}
+    whole: dict[str, tuple[int, ...]] = {"decoder.final_layernorm.weight": (g.hidden_size,)}
+    expert: dict[str, tuple[int, ...]] = {}
     for layer in range(g.num_layers):
         prefix = f"decoder.layers.{layer}."
-        shapes[prefix + "input_layernorm.weight"] = (g.hidden_size,)
-        shapes[prefix + "self_attention.linear_qkv.weight"] = (qkv, g.hidden_size)
-        shapes[prefix + "self_attention.linear_proj.weight"] = (g.hidden_size, queries)
+        whole[prefix + "input_layernorm.weight"] = (g.hidden_size,)
+        split[prefix + "self_attention.linear_qkv.weight"] = (qkv, g.hidden_size)
+        if g.qkv_bias:
+            split[prefix + "self_attention.linear_qkv.bias"] = (qkv,)
+        split[prefix + "self_attention.linear_proj.weight"] = (g.hidden_size, queries)
         if g.qk_norm:
-            shapes[prefix + "self_attention.q_layernorm.weight"] = (g.head_dim,)
-            shapes[prefix + "self_attention.k_layernorm.weight"] = (g.head_dim,)
-        shapes[prefix + "pre_mlp_layernorm.weight"] = (g.hidden_size,)
-        ffn = g.ffn_hidden_size // tp
-        shapes[prefix + "mlp.linear_fc1.weight"] = (2 * ffn, g.hidden_size)
-        shapes[prefix + "mlp.linear_fc2.weight"] = (g.hidden_size, ffn)
-    shapes["decoder.final_layernorm.weight"] = (g.hidden_size,)
+            whole[prefix + "self_attention.q_layernorm.weight"] = (g.head_dim,)
+            whole[prefix + "self_attention.k_layernorm.weight"] = (g.head_dim,)
+        whole[prefix + "pre_mlp_layernorm.weight"] = (g.hidden_size,)
+        if g.num_experts == 0:
+            ffn = g.ffn_hidden_size // tp
+            split[prefix + "mlp.linear_fc1.weight"] = (2 * ffn, g.hidden_size)
+            split[prefix + "mlp.linear_fc2.weight"] = (g.hidden_size, ffn)
+            continue
+        whole[prefix + "mlp.router.weight"] = (g.num_experts, g.hidden_size)
+        ffn = g.expert_ffn_hidden_size // etp
+        for number in range(g.num_experts // ep):
+            name = prefix + "mlp.experts." + PROJECTIONS[experts]
+            expert[name.format(number, 1)] = (2 * ffn, g.hidden_size)
+            expert[name.format(number, 2)] = (g.hidden_size, ffn)
     if not g.tied_embeddings:
-        shapes["output_layer.weight"] = vocabulary
-    return shapes
+        split["output_layer.weight"] = vocabulary
+    kinds = {"replicated": whole, "tensor": split, "expert": expert}
+    return {name: (shape, kind) for kind, held in kinds.items() for name, shape in held.items()}
 
 
-def _owned(g: Geometry, tp: int):
-    """(rank, parameter, shape, segment) of every owner; rank 0 owns what is replicated."""
-    for rank in range(tp):
-        for name, shape in _parameters(g, tp).items():
-            if len(shape) == 1 and rank:
-                continue
-            for segment in segments_of(name, g, tp_rank=rank, tp_size=tp):
-                yield rank, name, shape, segment
+def _held(g: Geometry, tp: int, ep: int = 1, etp: int | None = None, experts: str = "local"):
+    """(place, parameter, shape, segments) of every owner; place 0 owns what is replicated."""
+    etp = etp or tp
+    tensor = [dict(tp_rank=r, tp_size=tp) for r in range(tp)]
+    expert = [
+        dict(tp_rank=0, tp_size=tp, ep_rank=e, ep_size=ep, expert_tp_rank=r, expert_tp_size=etp)
+        for e in range(ep)
+        for r in range(etp)
+    ]
+    places = {"replicated": tensor[:1], "tensor": tensor, "expert": expert}
+    for name, (shape, kind) in _parameters(g, tp, ep, etp, experts).items():
+        assert sharding_of(name) == kind, name
+        for place, split in enumerate(places[kind]):
+            yield place, name, shape, segments_of(name, g, **split)
+
+
+def _owned(g: Geometry, *layout):
+    for place, name, shape, segments in _held(g, *layout):
+        for segment in segments:
+            yield place, name, shape, segment
 
 
 def _numbered(g: Geometry) -> dict[str, torch.Tensor]:
@@ -86,35 +117,32 @@ def _numbered(g: Geometry) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _shards(g: Geometry, tp: int, hf: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
-    """Each rank's parameters, filled through the layout; NaN where nothing has been copied."""
-    ranks = []
-    for rank in range(tp):
-        held = {}
-        for name, shape in _parameters(g, tp).items():
-            local = torch.full(shape, float("nan"), dtype=torch.float64)
-            for s in segments_of(name, g, tp_rank=rank, tp_size=tp):
-                source = hf[s.hf_name].narrow(s.dim, s.hf_start, s.length)
-                local.narrow(s.dim, s.local_start, s.length).copy_(source)
-            held[name] = local
-        ranks.append(held)
-    return ranks
+def _filled(g: Geometry, hf: dict[str, torch.Tensor], *layout) -> dict[tuple, torch.Tensor]:
+    """(place, parameter) -> values copied through the layout; NaN where nothing was copied."""
+    held = {}
+    for place, name, shape, segments in _held(g, *layout):
+        local = torch.full(shape, float("nan"), dtype=torch.float64)
+        for s in segments:
+            source = hf[s.hf_name].narrow(s.dim, s.hf_start, s.length)
+            local.narrow(s.dim, s.local_start, s.length).copy_(source)
+        held[place, name] = local
+    return held
 
 
-@pytest.mark.parametrize(("name", "tp"), CASES)
-def test_every_element_of_every_tensor_has_exactly_one_owner(name, tp):
+@pytest.mark.parametrize(("name", "tp", "ep", "etp"), CASES)
+def test_every_element_of_every_tensor_has_exactly_one_owner(name, tp, ep, etp):
     g = GEOMETRIES[name]
     covered = {n: torch.zeros(shape, dtype=torch.int32) for n, shape in hf_shapes(g).items()}
-    for _, _, _, s in _owned(g, tp):
+    for _, _, _, s in _owned(g, tp, ep, etp):
         covered[s.hf_name].narrow(s.dim, s.hf_start, s.length).add_(1)
     assert {n for n, counts in covered.items() if not bool((counts == 1).all())} == set()
 
 
-@pytest.mark.parametrize(("name", "tp"), CASES)
-def test_local_parameters_are_filled_exactly_once_but_for_padding(name, tp):
+@pytest.mark.parametrize(("name", "tp", "ep", "etp"), CASES)
+def test_local_parameters_are_filled_exactly_once_but_for_padding(name, tp, ep, etp):
     g = GEOMETRIES[name]
     filled: dict = {}
-    for rank, parameter, shape, s in _owned(g, tp):
+    for rank, parameter, shape, s in _owned(g, tp, ep, etp):
         counts = filled.setdefault((rank, parameter), torch.zeros(shape, dtype=torch.int32))
         counts.narrow(s.dim, s.local_start, s.length).add_(1)
     for (rank, parameter), counts in filled.items():
@@ -124,14 +152,14 @@ def test_local_parameters_are_filled_exactly_once_but_for_padding(name, tp):
         assert bool((counts[:rows] == 1).all()) and not bool(counts[rows:].any()), parameter
 
 
-@pytest.mark.parametrize(("name", "tp"), CASES)
-def test_hf_round_trip_is_bit_exact(name, tp):
+@pytest.mark.parametrize(("name", "tp", "ep", "etp"), CASES)
+def test_hf_round_trip_is_bit_exact(name, tp, ep, etp):
     g = GEOMETRIES[name]
     hf = _numbered(g)
-    ranks = _shards(g, tp, hf)
+    filled = _filled(g, hf, tp, ep, etp)
     back = {n: torch.zeros_like(t) for n, t in hf.items()}
-    for rank, parameter, _, s in _owned(g, tp):
-        source = ranks[rank][parameter].narrow(s.dim, s.local_start, s.length)
+    for place, parameter, _, s in _owned(g, tp, ep, etp):
+        source = filled[place, parameter].narrow(s.dim, s.local_start, s.length)
         back[s.hf_name].narrow(s.dim, s.hf_start, s.length).copy_(source)
     assert all(torch.equal(back[n], hf[n]) for n in hf)
 
@@ -139,9 +167,9 @@ def test_hf_round_trip_is_bit_exact(name, tp):
 @pytest.mark.parametrize("tp", [1, 2, 4])
 def test_padded_vocabulary_rows_have_no_source(tp):
     g = GEOMETRIES["gqa_untied"]
-    ranks = _shards(g, tp, _numbered(g))
+    filled = _filled(g, _numbered(g), tp)
     for parameter in ("embedding.word_embeddings.weight", "output_layer.weight"):
-        whole = torch.cat([held[parameter] for held in ranks])
+        whole = torch.cat([filled[rank, parameter] for rank in range(tp)])
         assert whole.size(0) == {1: 384, 2: 512, 4: 512}[tp]
         assert not whole[: g.vocab_size].isnan().any() and whole[g.vocab_size :].isnan().all()
 
@@ -160,9 +188,10 @@ def test_queries_keys_and_values_of_a_group_lie_together(tp):
     q = hf[prefix + "q_proj.weight"].reshape(4, 3 * 6, 20)
     k, v = (hf[f"{prefix}{n}_proj.weight"].reshape(4, 6, 20) for n in "kv")
     expected = torch.cat([torch.cat([q[i], k[i], v[i]]) for i in range(4)]).chunk(tp)
-    for rank, held in enumerate(_shards(g, tp, hf)):
-        assert torch.equal(held["decoder.layers.1.self_attention.linear_qkv.weight"],
-                           expected[rank])  # fmt: skip
+    filled = _filled(g, hf, tp)
+    for rank in range(tp):
+        found = filled[rank, "decoder.layers.1.self_attention.linear_qkv.weight"]
+        assert torch.equal(found, expected[rank])
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4])
@@ -170,10 +199,11 @@ def test_each_rank_holds_its_part_of_gate_and_then_of_up(tp):
     hf = _numbered(GQA)
     gate, up = (hf[f"model.layers.2.mlp.{n}_proj.weight"].chunk(tp) for n in ("gate", "up"))
     down = hf["model.layers.2.mlp.down_proj.weight"].chunk(tp, dim=1)
-    for rank, held in enumerate(_shards(GQA, tp, hf)):
-        fc1 = held["decoder.layers.2.mlp.linear_fc1.weight"]
+    filled = _filled(GQA, hf, tp)
+    for rank in range(tp):
+        fc1 = filled[rank, "decoder.layers.2.mlp.linear_fc1.weight"]
         assert torch.equal(fc1, torch.cat([gate[rank], up[rank]]))
-        assert torch.equal(held["decoder.layers.2.mlp.linear_fc2.weight"], down[rank])
+        assert torch.equal(filled[rank, "decoder.layers.2.mlp.linear_fc2.weight"], down[rank])
 
 
 def test_a_small_split_written_out():
@@ -186,6 +216,32 @@ def test_a_small_split_written_out():
         Segment(prefix + "k_proj.weight", 0, 2, 4, 2),
         Segment(prefix + "v_proj.weight", 0, 2, 6, 2),
     ]  # fmt: skip
+
+
+def test_a_local_expert_is_the_global_one_counted_from_the_ranks_first():
+    # rank 1 of 2 holds experts 4..7; second of the two halves of an expert of width 12
+    where = dict(ep_rank=1, ep_size=2, expert_tp_rank=1, expert_tp_size=2)
+    prefix = "model.layers.1.mlp.experts.6."
+    for experts in PROJECTIONS.values():
+        name = "decoder.layers.1.mlp.experts." + experts
+        assert segments_of(name.format(2, 1), MOE, **where) == [
+            Segment(prefix + "gate_proj.weight", 0, 6, 0, 6),
+            Segment(prefix + "up_proj.weight", 0, 6, 6, 6),
+        ]
+        assert segments_of(name.format(2, 2), MOE, **where) == [
+            Segment(prefix + "down_proj.weight", 1, 6, 0, 6)
+        ]
+
+
+def test_a_bias_follows_the_rows_of_its_weight():
+    name = "decoder.layers.0.self_attention.linear_qkv."
+    weight, bias = (
+        segments_of(name + kind, GEOMETRIES["qkv_bias"], tp_rank=1, tp_size=2)
+        for kind in ("weight", "bias")
+    )
+    assert [replace(s, hf_name=s.hf_name.replace("bias", "weight")) for s in bias] == weight
+    with pytest.raises(ModelError, match="no Hugging Face counterpart in a qwen3 model"):
+        segments_of(name + "bias", GQA)
 
 
 def test_a_tied_head_is_the_embedding_and_is_stored_once():
@@ -224,7 +280,9 @@ def test_names_are_those_of_the_real_checkpoint():
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["decoder.layers.0.mlp.router.weight", "vision.weight", ""])
+@pytest.mark.parametrize(
+    "name", ["decoder.layers.0.mlp.router.weight", "decoder.layers.9.input_layernorm.weight", ""]
+)
 def test_an_unknown_parameter_is_refused_by_name(name):
     with pytest.raises(ModelError, match="no Hugging Face counterpart"):
         segments_of(name, GQA)

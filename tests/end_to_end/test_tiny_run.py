@@ -108,6 +108,33 @@ def test_run_directory_holds_what_is_promised(finished_run):
     assert "<svg" in (finished_run / "report.html").read_text()
 
 
+def test_a_replay_trains_to_the_same_bits_without_engines(finished_run, models):
+    replay_dir = finished_run.parent / "replay"
+    log = run(
+        "train_sod.py",
+        *_arguments(models, replay_dir),
+        "rollout.record=false",
+        f"rollout.replay={finished_run / 'rollouts'}",
+        nproc=2,
+        log=finished_run.parent / "replay.log",
+        timeout_s=200,
+    )
+    assert "engine(s) ready" not in log and "no engine, no evaluation" in log
+    exported = [
+        (folder / "hf/model.safetensors").read_bytes() for folder in (finished_run, replay_dir)
+    ]
+    assert exported[0] == exported[1]
+    rows = [
+        [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+        for folder in (finished_run, replay_dir)
+    ]
+    for original, replayed in zip(*rows, strict=True):
+        assert "transfer/bytes" in original and "transfer/bytes" not in replayed
+        for name in replayed:
+            if name.startswith(("actor/", "sod/", "rollout/", "tool/")):
+                assert replayed[name] == original[name], name
+
+
 @pytest.mark.skipif("SOD_SHARED_DATA" not in os.environ, reason="SOD_SHARED_DATA is not set")
 def test_real_text_and_the_real_vocabulary_run_one_iteration(tmp_path):
     """GSM8K rows by path, Qwen3's tokenizer and its 151,936 rows, a random tiny student."""
@@ -168,6 +195,7 @@ def _arguments(models: Path, run_dir: Path) -> list[str]:
         "rollout.max_turns=3",
         "rollout.max_response_length=128",
         "rollout.timeout_s=200",
+        "rollout.record=true",
     ]
 
 

@@ -33,7 +33,7 @@ class FakeEngine:
         turn = self._turns[len(self.asked) % len(self._turns)][: sampling.max_tokens]
         self.asked.append((list(token_ids), sampling))
         logprobs = [-0.5 - 0.25 * place for place in range(len(turn))]
-        return SampledTurn(list(turn), logprobs, self.policy_version)
+        return SampledTurn(list(turn), logprobs, [self.policy_version] * len(turn))
 
 
 class FakeSandbox:

@@ -4,12 +4,17 @@ Layer: pure. That a model of this geometry computes the same numbers: tests/mode
 """
 
 import json
+import math
+import os
+from pathlib import Path
 
 import pytest
 
 from megatron_sod.config.schema import ParallelConfig
+from megatron_sod.convert.layout import hf_shapes
 from megatron_sod.errors import ModelError
 from megatron_sod.model.geometry import (
+    RopeScaling,
     geometry_from_hf,
     layout_problems,
     load_geometry,
@@ -39,6 +44,17 @@ QWEN3 = {
     "vocab_size": 151936,
 }
 
+# Qwen3-30B-A3B's experts
+MOE = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+}
+
 
 def _without(*keys):
     return {key: value for key, value in QWEN3.items() if key not in keys}
@@ -50,6 +66,50 @@ def test_a_real_configuration_is_read():
     assert (g.num_attention_heads, g.num_query_groups, g.head_dim) == (16, 8, 128)
     assert g.heads_per_group == 2 and g.tied_embeddings and g.qk_norm and not g.qkv_bias
     assert (g.rope_theta, g.rms_norm_eps, g.vocab_size) == (1e6, 1e-6, 151936)
+
+
+def test_experts_are_read():
+    g = geometry_from_hf({**QWEN3, **MOE})
+    assert (g.family, g.num_experts, g.experts_per_token) == ("qwen3_moe", 128, 8)
+    assert g.expert_ffn_hidden_size == 768 and g.norm_topk_prob and g.qk_norm and g.is_moe
+    renamed = {**QWEN3, **MOE, "num_local_experts": 128}
+    del renamed["num_experts"], renamed["norm_topk_prob"]
+    g = geometry_from_hf(renamed)  # transformers' default is not to normalise
+    assert g.num_experts == 128 and not g.norm_topk_prob
+    with pytest.raises(ModelError, match="num_experts"):
+        geometry_from_hf({**QWEN3, "architectures": MOE["architectures"]})
+
+
+@pytest.mark.parametrize("name", ["Qwen2", "Llama"])
+def test_families_without_head_dim_divide_the_hidden_size(name):
+    config = {**_without("head_dim"), "architectures": [f"{name}ForCausalLM"]}
+    g = geometry_from_hf(config)
+    assert g.head_dim == 1024 // 16 and not g.qk_norm and g.qkv_bias == (name == "Qwen2")
+
+
+def test_the_stretched_wavelengths_of_llama_are_read():
+    scaling = {
+        "factor": 32.0,
+        "high_freq_factor": 4.0,
+        "low_freq_factor": 1.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    }
+    llama = {**QWEN3, "architectures": ["LlamaForCausalLM"], "rope_scaling": scaling}
+    assert geometry_from_hf(llama).rope_scaling == RopeScaling(32.0, 1.0, 4.0, 8192)
+
+
+@pytest.mark.skipif("SOD_SHARED_DATA" not in os.environ, reason="SOD_SHARED_DATA is not set")
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [("0.6B", 0.596), ("1.7B", 1.721), ("4B", 4.022), ("8B", 8.191), ("32B", 32.762),
+     ("30B-A3B", 30.532), ("235B-A22B", 235.094)],
+)  # fmt: skip
+def test_published_configurations_give_the_published_number_of_parameters(name, billions):
+    folder = Path(os.environ["SOD_SHARED_DATA"]) / "configs_qwen3"
+    (path,) = folder.glob(f"Qwen3-{name}.*json")
+    shapes = hf_shapes(geometry_from_hf(json.loads(path.read_text())))
+    assert round(sum(map(math.prod, shapes.values())) / 1e9, 3) == billions
 
 
 def test_the_newer_spelling_of_rope_is_read():
@@ -68,9 +128,9 @@ def test_missing_optional_keys_mean_what_transformers_means():
     assert g.rms_norm_eps == reference.rms_norm_eps and g.rope_theta == 1e4
 
 
-@pytest.mark.parametrize("architecture", [["LlamaForCausalLM"], [], None])
+@pytest.mark.parametrize("architecture", [["GPT2LMHeadModel"], [], None])
 def test_an_unknown_architecture_is_refused_with_the_supported_ones(architecture):
-    with pytest.raises(ModelError, match="supported are .*Qwen3ForCausalLM"):
+    with pytest.raises(ModelError, match="supported are .*Qwen3ForCausalLM.*convert/layout.py"):
         geometry_from_hf({**QWEN3, "architectures": architecture})
 
 
@@ -81,6 +141,10 @@ def test_an_unknown_architecture_is_refused_with_the_supported_ones(architecture
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}}, "rope"),
         ({"use_sliding_window": True, "sliding_window": 4096}, "sliding window"),
         ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),
+        ({**MOE, "decoder_sparse_step": 2}, "decoder_sparse_step"),
+        ({**MOE, "mlp_only_layers": [0]}, "mlp_only_layers"),
     ],
 )
 def test_what_would_compute_other_numbers_is_refused(change, message):
@@ -130,3 +194,22 @@ def test_splits_that_do_not_divide_are_listed(tp, pp, named):
     assert len(problems) == len(named)
     for problem, name in zip(problems, named, strict=True):
         assert name in problem and problem.startswith("teacher.parallel.")
+
+
+def test_experts_that_do_not_divide_and_layers_over_chunks_are_listed():
+    parallel = ParallelConfig(
+        pipeline_model_parallel_size=2,
+        virtual_pipeline_model_parallel_size=4,
+        expert_model_parallel_size=3,
+        expert_tensor_parallel_size=5,
+    )
+    problems = layout_problems(geometry_from_hf({**QWEN3, **MOE}), parallel, "student")
+    assert [p.split("the model's ")[1].split(";")[0] for p in problems] == [
+        "num_hidden_layers 28",
+        "num_experts 128",
+        "moe_intermediate_size 768",
+    ]
+    (problem,) = layout_problems(
+        geometry_from_hf(QWEN3), ParallelConfig(expert_model_parallel_size=2), "student"
+    )
+    assert "has no experts" in problem

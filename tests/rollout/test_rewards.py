@@ -10,15 +10,17 @@ import time
 
 import pytest
 
+from megatron_sod.config.schema import RewardConfig
 from megatron_sod.errors import ConfigError
 from megatron_sod.rollout.math_check import MathChecker
 from megatron_sod.rollout.rewards import grade_auto, grade_math, last_boxed, make_grader
 from megatron_sod.types import Prompt
+from tests.rollout.answer_pairs import CHOICE, MATH
 
 
 def _grade(kind: str, reference: str, boxed: str, data_source: str = "") -> float:
     prompt = Prompt("p", [1], reference, data_source)
-    return make_grader(kind)(prompt, f"so \\boxed{{{boxed}}}")
+    return make_grader(RewardConfig(kind=kind))(prompt, f"so \\boxed{{{boxed}}}")
 
 
 @pytest.mark.parametrize(
@@ -91,6 +93,45 @@ def test_formulas_are_compared_as_mathematics(reference, boxed, reward):
     assert grade_math(Prompt("p", [1], reference, ""), f"\\boxed{{{boxed}}}") == reward
 
 
+@pytest.mark.parametrize("theme", MATH)
+def test_right_answers_in_other_forms_are_right_and_look_alikes_wrong(theme):
+    wrongly = [
+        (reference, boxed)
+        for reference, boxed, is_right in MATH[theme]
+        if _grade("math", reference, boxed) != is_right
+    ]
+    assert wrongly == []
+
+
+def test_a_choice_is_one_letter_however_it_is_dressed():
+    wrongly = [row for row in CHOICE if _grade("choice", row[0], row[1]) != row[2]]
+    assert wrongly == []
+
+
+def test_the_table_of_answers_is_large_and_has_both_kinds():
+    rows = [row for theme in MATH.values() for row in theme] + CHOICE
+    assert len(rows) >= 150 and len(set(rows)) == len(rows)
+    assert 0.3 < sum(row[2] for row in rows) / len(rows) < 0.7
+
+
+@pytest.mark.parametrize(
+    ("text", "reward"),
+    [
+        ("\\boxed{33}", 1.0),
+        ("\\boxed{033}", -1.1),  # exact string
+        ("\\boxed{33.}", -1.1),
+        ("\\boxed{33}" + "x" * 91, -1.1),  # the box begins before the last 100 characters
+        ("\\boxed{33}" + "x" * 90, 1.0),
+        ("no box", -1.1),
+        ("\\boxed{33", -1.1),
+        ("</think>\\boxed{33}</think>", 1.0),
+    ],
+)
+def test_the_reference_mode_repeats_the_reference(text, reward):
+    grade = make_grader(RewardConfig(kind="reference"))
+    assert grade(Prompt("p", [1], "33", ""), text) == reward
+
+
 def test_an_answer_that_cannot_be_evaluated_is_wrong_within_seconds():
     checker = MathChecker(timeout_s=1.5)
     assert checker.equal("x", "x")  # starts the helper
@@ -144,11 +185,13 @@ def own_grader(prompt: Prompt, text: str) -> float:
 
 
 def test_a_function_of_ones_own_can_grade():
-    grader = make_grader("import", "tests.rollout.test_rewards:own_grader")
+    grader = make_grader(
+        RewardConfig(kind="import", function="tests.rollout.test_rewards:own_grader")
+    )
     assert grader(Prompt("p", [1], "4", ""), "4") == 1.0
 
 
 @pytest.mark.parametrize("function", ["nowhere:f", "math:nothing", "math", "", None])
 def test_a_function_that_cannot_be_imported_is_named(function):
     with pytest.raises(ConfigError, match="module.path:function"):
-        make_grader("import", function)
+        make_grader(RewardConfig(kind="import", function=function))
