@@ -29,6 +29,7 @@ LEVELS = {
     "ops": 2,
     "parallel": 2,
     "model": 2,
+    "model.geometry": 1,  # sizes read out of config.json, plain Python without torch
     "data": SIDE,
     "rollout": SIDE,
     "sandbox": SIDE,
@@ -44,8 +45,6 @@ LEVELS = {
 }
 # Deliberate exceptions, (importer, imported):
 EXCEPTIONS = {
-    # Sizes read out of config.json, plain Python without torch; names and shapes follow from them.
-    ("convert.layout", "model.geometry"),
     # The type of a parameter, under TYPE_CHECKING; nothing is imported when the program runs.
     ("train.update", "session"),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import OrderedDict
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -19,17 +20,32 @@ SIDE_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
+    "added_tokens.json",
     "chat_template.jinja",
     "vocab.json",
     "merges.txt",
     "tokenizer.model",
 )
+MAX_SHARD_BYTES = 5 * 10**9
 _INDEX = "model.safetensors.index.json"
-MAX_SHARD_BYTES = 4 * 1024**3
+_OPEN_FILES = 2  # a layer may lie across two shards; more would keep more of them in memory
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+}
 
 
 class HfTensors:
-    """Lazy access to the tensors of a model directory; slices are read without the rest."""
+    """Lazy access to the tensors of a model directory; slices are read without the rest.
+
+    Files are memory-mapped, at most two at a time.
+
+    Raises:
+        ModelError: no safetensors there, a shard of the index is missing, or a file is cut short.
+    """
 
     def __init__(self, model_dir: str | Path):
         self.directory = Path(model_dir)
@@ -39,36 +55,88 @@ class HfTensors:
                 f"model directory {model_dir}: no *.safetensors there; convert the weights to "
                 "safetensors (transformers: model.save_pretrained) first"
             )
-        self._handles = [_open(path) for path in files]
-        self._file_of = {name: handle for handle in self._handles for name in handle.keys()}
+        _check_index(self.directory)
+        self._entries: dict[str, tuple[Path, dict]] = {}
+        for path in files:
+            self._entries |= {name: (path, entry) for name, entry in _header(path).items()}
+        self._open: OrderedDict[Path, safe_open] = OrderedDict()
 
     def names(self) -> list[str]:
-        return list(self._file_of)
+        return list(self._entries)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._slice(name).get_shape())
+        return tuple(self._entry(name)["shape"])
+
+    def dtype(self, name: str) -> torch.dtype:
+        stored = self._entry(name)["dtype"]
+        if stored not in _DTYPES:
+            raise ModelError(
+                f"{self.directory}: tensor {name} is stored as {stored}; supported are "
+                f"{', '.join(_DTYPES)}"
+            )
+        return _DTYPES[stored]
 
     def read(self, name: str, dim: int, start: int, length: int) -> torch.Tensor:
         """Indices [start, start + length) along `dim`."""
-        view = self._slice(name)
+        self._entry(name)
+        view = self._handle(self._entries[name][0]).get_slice(name)
         return view[start : start + length] if dim == 0 else view[:, start : start + length]
 
-    def _slice(self, name: str):
-        if name not in self._file_of:
+    def whole(self, name: str) -> torch.Tensor:
+        return self.read(name, 0, 0, self.shape(name)[0])
+
+    def _entry(self, name: str) -> dict:
+        if name not in self._entries:
             raise ModelError(
                 f"{self.directory}: tensor {name!r} is missing; the directory does not hold the "
                 "architecture its config.json names"
             )
-        return self._file_of[name].get_slice(name)
+        return self._entries[name][1]
+
+    def _handle(self, path: Path) -> safe_open:
+        if path not in self._open:
+            while len(self._open) >= _OPEN_FILES:
+                self._open.popitem(last=False)
+            try:
+                self._open[path] = safe_open(path, framework="pt")
+            except SafetensorError as error:
+                raise _broken(path, str(error)) from error
+        self._open.move_to_end(path)
+        return self._open[path]
 
 
-def _open(path: Path):
-    try:
-        return safe_open(path, framework="pt")
-    except SafetensorError as error:
-        raise ModelError(f"{path}: not a complete safetensors file ({error}); copy it again") from (
-            error
+def _check_index(directory: Path) -> None:
+    path = directory / _INDEX
+    if not path.is_file():
+        return
+    named = set(json.loads(path.read_text())["weight_map"].values())
+    if missing := sorted(name for name in named if not (directory / name).is_file()):
+        raise ModelError(
+            f"{directory}: {_INDEX} names {len(named)} shards and {', '.join(missing)} is not "
+            "there; download or copy the missing files"
         )
+
+
+def _header(path: Path) -> dict[str, dict]:
+    """{tensor: dtype, shape, data_offsets} of a safetensors file, which must be complete."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length + 8 > size:
+            raise _broken(path, f"{size} bytes, and its header alone is {length}")
+        try:
+            header = json.loads(file.read(length))
+        except ValueError as error:
+            raise _broken(path, f"its header is not JSON: {error}") from error
+    header.pop("__metadata__", None)
+    expected = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if size != expected:
+        raise _broken(path, f"{size} bytes, its header describes {expected}")
+    return header
+
+
+def _broken(path: Path, reason: str) -> ModelError:
+    return ModelError(f"{path}: not a complete safetensors file ({reason}); copy it again")
 
 
 def write_hf_directory(
@@ -101,13 +169,18 @@ def write_hf_directory(
         size = tensor.numel() * tensor.element_size()
         if pending_bytes + size > max_shard_bytes:
             flush()
-        pending[name] = tensor.contiguous().clone()
+        pending[name] = _own(tensor)
         weight_map[name] = len(written)
         pending_bytes += size
         total_bytes += size
     flush()
     _rename_shards(out, written, weight_map, total_bytes)
     copy_side_files(side_files_from, out)
+
+
+def _own(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor with memory of its own: the producer may reuse what it yielded."""
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _rename_shards(out: Path, written: list[Path], weight_map: dict[str, int], total: int) -> None:
@@ -126,9 +199,9 @@ def _rename_shards(out: Path, written: list[Path], weight_map: dict[str, int], t
     (out / _INDEX).write_text(json.dumps(index, indent=2))
 
 
-def copy_side_files(source: str | Path, out: Path) -> None:
+def copy_side_files(source: str | Path, out: str | Path) -> None:
     """Configuration, tokenizer, generation config and chat template travel with the weights."""
     for name in SIDE_FILES:
-        path = Path(source) / name
-        if path.is_file() and path.resolve() != (out / name).resolve():
-            shutil.copyfile(path, out / name)
+        path, target = Path(source) / name, Path(out) / name
+        if path.is_file() and path.resolve() != target.resolve():
+            shutil.copyfile(path, target)

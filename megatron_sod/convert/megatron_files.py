@@ -1,0 +1,283 @@
+"""Megatron's distributed checkpoints read and written by one process, a parameter at a time.
+
+The format is torch.distributed.checkpoint's, as megatron.core.dist_checkpointing 0.16 uses it
+(`torch_dist`); neither Megatron nor a process group is needed here. Its index is a pickle: open
+checkpoints you trust.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.default_planner import (
+    DefaultLoadPlanner,
+    DefaultSavePlanner,
+    create_default_global_save_plan,
+)
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    ReadItem,
+    SavePlan,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from megatron_sod.convert.layout import segments_of
+from megatron_sod.convert.megatron_names import (
+    ALIASES,
+    Stored,
+    is_vocabulary,
+    parameters,
+    stored_at,
+    whole_shape,
+)
+from megatron_sod.errors import CheckpointError
+from megatron_sod.model.geometry import Geometry
+
+_CONFIG = "metadata.json"
+_FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+_COMMON = {"common_backend": "torch", "common_backend_version": 1}
+
+
+def is_megatron_checkpoint(directory: str | Path) -> bool:
+    """Whether the directory holds a distributed checkpoint (and not HF weights)."""
+    return (Path(directory) / _CONFIG).is_file() and (Path(directory) / ".metadata").is_file()
+
+
+class MegatronTensors:
+    """The model in a distributed checkpoint, of whatever layout, as whole parameters.
+
+    Raises:
+        CheckpointError: not such a checkpoint, or a file of it is missing or cut short.
+    """
+
+    def __init__(self, directory: str | Path):
+        self.directory = Path(directory)
+        self._reader = FileSystemReader(self.directory)
+        metadata = _read_index(self.directory, self._reader)
+        self._stored = metadata.state_dict_metadata
+        self._chunks: dict[tuple, list[ChunkStorageMetadata]] = {}
+        _check_files(self.directory, metadata)
+        self._reader.set_up_storage_reader(metadata, is_coordinator=True)
+
+    def dtypes(self, geometry: Geometry) -> dict[str, torch.dtype]:
+        """What every parameter of the model is stored as.
+
+        Raises:
+            CheckpointError: one is not there, or has another shape than the geometry says.
+        """
+        found = {}
+        for name in parameters(geometry):
+            stored = self._find(name, geometry)
+            metadata = self._metadata(stored)
+            size, shape = tuple(metadata.size), _shape(name, geometry)
+            expected = stored.stack + shape
+            padded = is_vocabulary(name) and size[0] >= shape[0] and size[1:] == shape[1:]
+            if size != expected and not padded:
+                raise CheckpointError(
+                    f"{self.directory}: {name} is stored with shape {size}, config.json says "
+                    f"{expected}; weights and configuration belong to different models"
+                )
+            found[name] = metadata.properties.dtype
+        return found
+
+    def parameter(self, name: str, geometry: Geometry) -> torch.Tensor:
+        """The whole parameter `name` (global layer and expert numbers), without padded rows."""
+        stored, shape = self._find(name, geometry), _shape(name, geometry)
+        metadata = self._metadata(stored)
+        whole = torch.empty((1,) * len(stored.stack) + shape, dtype=metadata.properties.dtype)
+        offsets = stored.index + (0,) * len(shape)
+        wanted = ChunkStorageMetadata(torch.Size(offsets), torch.Size(whole.shape))
+        here = TensorStorageMetadata(metadata.properties, metadata.size, self._chunks_of(stored))
+        items = create_read_items_for_chunk_list(stored.key, here, [wanted])
+        if sum(torch.Size(item.lengths).numel() for item in items) != whole.numel():
+            raise CheckpointError(
+                f"{self.directory}: {stored.key} {list(stored.index)} is stored incompletely; "
+                "the checkpoint was not written to its end"
+            )
+        self._reader.read_data(LoadPlan(items), _IntoOneTensor(whole))
+        return whole.reshape(shape)
+
+    def hf_tensors(self, geometry: Geometry) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every HF tensor of the model, one Megatron parameter in memory at a time."""
+        for name in parameters(geometry):
+            yield from _to_hf(name, geometry, self.parameter(name, geometry))
+
+    def _metadata(self, stored: Stored) -> TensorStorageMetadata:
+        return self._stored[stored.key]  # type: ignore[return-value]
+
+    def _find(self, name: str, geometry: Geometry) -> Stored:
+        stored = stored_at(name, geometry)
+        for key in (stored.key, ALIASES.get(stored.key, "")):
+            if isinstance(self._stored.get(key), TensorStorageMetadata):
+                return Stored(key, stored.index, stored.stack)
+        raise CheckpointError(
+            f"{self.directory}: no tensor {stored.key} in it; the checkpoint does not hold the "
+            f"{geometry.family} model its config.json describes"
+        )
+
+    def _chunks_of(self, stored: Stored) -> list[ChunkStorageMetadata]:
+        """The chunks of one layer (and expert): a search over all of them each time would take
+        a time quadratic in their number."""
+        depth = len(stored.stack)
+        if not self._chunks or (stored.key, stored.index) not in self._chunks:
+            for chunk in self._metadata(stored).chunks:
+                place = (stored.key, tuple(chunk.offsets[:depth]))
+                self._chunks.setdefault(place, []).append(chunk)
+        return self._chunks.get((stored.key, stored.index), [])
+
+
+def _shape(name: str, geometry: Geometry) -> tuple[int, ...]:
+    """The parameter's whole shape without padded rows."""
+    shape = whole_shape(name, geometry)
+    return (geometry.vocab_size, *shape[1:]) if is_vocabulary(name) else shape
+
+
+class _IntoOneTensor(DefaultLoadPlanner):
+    """Puts what is read into the places of one tensor."""
+
+    def __init__(self, target: torch.Tensor):
+        super().__init__()
+        self._target = target
+
+    def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
+        place = self._target
+        for dim, (start, length) in enumerate(
+            zip(read_item.dest_offsets, read_item.lengths, strict=True)
+        ):
+            place = place.narrow(dim, start, length)
+        return place
+
+    def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None: ...
+
+
+def _to_hf(
+    name: str, geometry: Geometry, whole: torch.Tensor
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The HF tensors a whole Megatron parameter consists of."""
+    parts: dict[str, list] = {}
+    for segment in segments_of(name, geometry):
+        parts.setdefault(segment.hf_name, []).append(segment)
+    for hf_name, segments in parts.items():
+        segments.sort(key=lambda segment: segment.hf_start)
+        views = [whole.narrow(s.dim, s.local_start, s.length) for s in segments]
+        yield hf_name, views[0] if len(views) == 1 else torch.cat(views, segments[0].dim)
+
+
+def _read_index(directory: Path, reader: FileSystemReader) -> Metadata:
+    remedy = (
+        "give a directory written by tools/convert_hf_to_megatron.py, or an iter_* folder of a "
+        "run's checkpoints/"
+    )
+    if not is_megatron_checkpoint(directory):
+        raise CheckpointError(
+            f"{directory} is not a Megatron distributed checkpoint ({_CONFIG} and .metadata are "
+            f"not both there); {remedy}"
+        )
+    try:
+        found = json.loads((directory / _CONFIG).read_text())
+        backend = found.get("sharded_backend")
+        metadata = reader.read_metadata()
+    except (ValueError, AttributeError, EOFError, ImportError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"{directory}: its index cannot be read ({error}); {remedy}") from (
+            error
+        )
+    if backend != "torch_dist":
+        raise CheckpointError(
+            f"{directory}: written with the backend {backend!r}, torch_dist is read; {remedy}"
+        )
+    return metadata
+
+
+def _check_files(directory: Path, metadata: Metadata) -> None:
+    ends: dict[str, int] = {}
+    for place in metadata.storage_data.values():
+        name = place.relative_path
+        ends[name] = max(ends.get(name, 0), place.offset + place.length)
+    for name, end in sorted(ends.items()):
+        path = directory / name
+        if not path.is_file():
+            raise CheckpointError(
+                f"{directory}: {name} is missing, one of {len(ends)} files; copy it again"
+            )
+        if path.stat().st_size < end:
+            raise CheckpointError(
+                f"{path}: {path.stat().st_size} bytes, the index needs {end}; the file is cut "
+                "short, copy it again"
+            )
+
+
+@dataclass(frozen=True)
+class ChunkToWrite:
+    """A box of one stored tensor, and how to come by its numbers when its turn comes."""
+
+    key: str
+    whole_size: tuple[int, ...]
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    dtype: torch.dtype
+    produce: Callable[[], torch.Tensor]
+
+    @property
+    def num_bytes(self) -> int:
+        return torch.Size(self.sizes).numel() * self.dtype.itemsize
+
+    def item(self) -> WriteItem:
+        data = TensorWriteData(
+            chunk=ChunkStorageMetadata(torch.Size(self.offsets), torch.Size(self.sizes)),
+            properties=TensorProperties(dtype=self.dtype),
+            size=torch.Size(self.whole_size),
+        )
+        return WriteItem(
+            MetadataIndex(self.key, self.offsets), WriteItemType.SHARD, tensor_data=data
+        )
+
+
+class _OnDemand(DefaultSavePlanner):
+    """Makes each chunk when the writer asks for it."""
+
+    def __init__(self, chunks: list[ChunkToWrite], written: Callable[[int], None]):
+        super().__init__()
+        self._chunks = {chunk.item().index: chunk for chunk in chunks}
+        self._written = written
+
+    def resolve_data(self, write_item: WriteItem) -> torch.Tensor:
+        chunk = self._chunks[write_item.index]
+        self._written(chunk.num_bytes)
+        return chunk.produce().reshape(chunk.sizes)
+
+
+def write_megatron_checkpoint(
+    directory: Path, files: Iterable[list[ChunkToWrite]], written: Callable[[int], None]
+) -> None:
+    """Write a distributed checkpoint, one file per list of chunks; one chunk in memory at a time.
+
+    `written` is told the number of bytes of each chunk as it is made.
+    """
+    writer = FileSystemWriter(directory)
+    plans, results = [], []
+    for number, chunks in enumerate(files):
+        plan = writer.prepare_local_plan(SavePlan([chunk.item() for chunk in chunks]))
+        [plan] = writer.prepare_global_plan([plan])
+        plan.storage_data.prefix = f"__{number}_"
+        results.append(writer.write_data(plan, _OnDemand(chunks, written)).wait())
+        plans.append(plan)
+    _, metadata = create_default_global_save_plan(plans)
+    writer.finish(metadata, results)
+    torch.save({}, directory / "common.pt")
+    (directory / _CONFIG).write_text(json.dumps(_FORMAT | _COMMON))
