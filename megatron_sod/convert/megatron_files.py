@@ -79,9 +79,10 @@ class MegatronTensors:
         """What every parameter of the model is stored as.
 
         Raises:
-            CheckpointError: one is not there, or has another shape than the geometry says.
+            CheckpointError: one is not there or has another shape than the geometry says, or
+                there is a weight the model does not have.
         """
-        found = {}
+        found, keys = {}, set()
         for name in parameters(geometry):
             stored = self._find(name, geometry)
             metadata = self._metadata(stored)
@@ -94,6 +95,14 @@ class MegatronTensors:
                     f"{expected}; weights and configuration belong to different models"
                 )
             found[name] = metadata.properties.dtype
+            keys.add(stored.key)
+        for key, entry in self._stored.items():
+            is_weight = isinstance(entry, TensorStorageMetadata)
+            if is_weight and key not in keys and not key.startswith("optimizer."):
+                raise CheckpointError(
+                    f"{self.directory}: it holds {key}, which a {geometry.family} model does not "
+                    "have; weights and configuration belong to different models"
+                )
         return found
 
     def parameter(self, name: str, geometry: Geometry) -> torch.Tensor:

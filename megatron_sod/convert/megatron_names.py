@@ -17,20 +17,19 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megatron_sod.convert.layout import hf_shapes, segments_of
+from megatron_sod.convert.layout import hf_shapes, segments_of, sharding_of
 from megatron_sod.model.geometry import Geometry
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 _EXPERT = re.compile(r"mlp\.experts\.local_experts\.(\d+)\.(.+)")
 _VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
-# Transformer-Engine fuses a norm into the linear that follows; Megatron stores local layers under
-# the fused names too, the router's norm under either.
-_FUSED = {
-    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
-    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
-}
+# Transformer-Engine fuses a norm into the linear that follows, and Megatron stores the norms of
+# local layers under the fused names too. No linear follows the norm before a router; local layers
+# are stored under the fused name there as well, Transformer-Engine's are not.
+_FUSED = {"input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight"}
+_FUSED_DENSE = {"pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight"}
 ALIASES = {
-    "decoder.layers.pre_mlp_layernorm.weight": "decoder.layers.mlp.linear_fc1.layer_norm_weight"
+    f"decoder.layers.{plain}": f"decoder.layers.{fused}" for plain, fused in _FUSED_DENSE.items()
 }
 ALIASES |= {fused: plain for plain, fused in ALIASES.items()}
 
@@ -53,7 +52,14 @@ def parameters(geometry: Geometry) -> Iterator[str]:
     inside.append("self_attention.linear_proj.weight")
     if geometry.qk_norm:
         inside += ["self_attention.q_layernorm.weight", "self_attention.k_layernorm.weight"]
-    inside += ["pre_mlp_layernorm.weight", "mlp.linear_fc1.weight", "mlp.linear_fc2.weight"]
+    inside.append("pre_mlp_layernorm.weight")
+    if geometry.is_moe:
+        inside.append("mlp.router.weight")
+    for expert in range(geometry.num_experts):
+        prefix = f"mlp.experts.local_experts.{expert}."
+        inside += [prefix + "linear_fc1.weight", prefix + "linear_fc2.weight"]
+    if not geometry.is_moe:
+        inside += ["mlp.linear_fc1.weight", "mlp.linear_fc2.weight"]
     for layer in range(geometry.num_layers):
         yield from (f"decoder.layers.{layer}.{name}" for name in inside)
     yield "decoder.final_layernorm.weight"
@@ -73,16 +79,15 @@ def stored_at(name: str, geometry: Geometry) -> Stored:
             (layer, int(expert[1])),
             (geometry.num_layers, geometry.num_experts),
         )
-    return Stored(f"decoder.layers.{_FUSED.get(rest, rest)}", (layer,), (geometry.num_layers,))
+    fused = _FUSED if geometry.is_moe else _FUSED | _FUSED_DENSE
+    return Stored(f"decoder.layers.{fused.get(rest, rest)}", (layer,), (geometry.num_layers,))
 
 
 def split_dim(name: str) -> int | None:
     """The dimension tensor parallelism splits; None: every rank holds the whole parameter."""
-    if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
-        return 1
-    if "norm" in name or "router" in name:
+    if sharding_of(name) == "replicated":
         return None
-    return 0
+    return 1 if name.endswith(("linear_proj.weight", "linear_fc2.weight")) else 0
 
 
 def num_parts(name: str) -> int:

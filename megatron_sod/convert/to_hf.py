@@ -62,4 +62,5 @@ def convert_megatron_to_hf(
         report = compare(checkpoint, HfTensors(folder), geometry, advance=advance)
         report.describe("Megatron to Hugging Face", checkpoint, out, [])
         report.write(folder)
+    on_progress(2 * num_bytes, 2 * num_bytes)
     return report

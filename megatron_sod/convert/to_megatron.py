@@ -68,6 +68,7 @@ def convert_hf_to_megatron(
         report = compare(folder, source, geometry, dtype=dtype, advance=advance)
         report.describe("Hugging Face to Megatron", hf, out, left_out)
         report.write(folder)
+    on_progress(2 * num_bytes, 2 * num_bytes)
     return report
 
 
