@@ -1,4 +1,5 @@
-"""What the training command lines share: arguments, `--print-config`, errors as one line."""
+"""What the training command lines share: arguments, `--print-config`, `--dry-run`, errors as one
+line."""
 
 from __future__ import annotations
 
@@ -29,6 +30,11 @@ def run_training(doc: str | None, load: Callable[..., BaseModel], entry: str) ->
     )
     parser.add_argument("--config", required=True, help="YAML file, see configs/")
     parser.add_argument("--print-config", action="store_true", help="resolve, print, and stop")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print roles, memory, traffic and times; start nothing (plain python, no GPUs)",
+    )
     parser.add_argument("overrides", nargs="*", help="dotted key=value")
     arguments = parser.parse_args()
     with user_errors():
@@ -36,6 +42,8 @@ def run_training(doc: str | None, load: Callable[..., BaseModel], entry: str) ->
         if arguments.print_config:
             print(to_yaml(config), end="")
             return
+        if arguments.dry_run:
+            entry = "megatron_sod.plan.dry_run:dry_run"
         # Megatron says at every import what it does without Transformer-Engine and Apex; the
         # doctor says it once.
         warnings.filterwarnings("ignore", module=r"megatron\.core|torch\.")

@@ -60,8 +60,8 @@ class ModelConfig(Section):
     path: str = Field(description="directory in Hugging Face format")
     geometry: str | None = Field(
         None,
-        description="for --dry-run where `path` does not exist yet: a name in configs/models; "
-        "null: the last component of `path`, lower case",
+        description="for --dry-run where `path` does not exist yet: a name in configs/models, or "
+        "another directory; null: the last component of `path`, lower case",
     )
     dtype: DType = Field("float32", description="parameters and computation")
     parallel: ParallelConfig = ParallelConfig()

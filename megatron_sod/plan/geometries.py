@@ -14,13 +14,14 @@ MODELS = Path(__file__).resolve().parents[2] / "configs" / "models"
 
 
 def planned_geometry(model: ModelConfig) -> Geometry:
-    """From the model's own directory where it exists, else from configs/models.
+    """From the directory of `geometry` or `path` where it exists, else from configs/models.
 
     Raises:
         ModelError: neither is there, or the architecture is not supported.
     """
-    if model.geometry is None and Path(model.path).is_dir():
-        return load_geometry(model.path)
+    place = model.geometry or model.path
+    if Path(place).is_dir():
+        return load_geometry(place)
     name = model.geometry or Path(model.path).name.lower()
     return shipped_geometry(name, wanted_by=model.path)
 
