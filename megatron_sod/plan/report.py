@@ -14,7 +14,6 @@ from megatron_sod.plan.plan import GIB, Plan
 from megatron_sod.plan.roles import Role
 from megatron_sod.plan.traffic import GROUPS
 
-
 MAX_ROLE_ROWS = 24  # of larger jobs the first and the last are shown
 
 
@@ -22,7 +21,7 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     """Write all tables, then the verdict."""
     console = console or _console()
     unit = _unit(plan)
-    console.print(_header(plan), highlight=False)
+    console.print(_header(plan), highlight=False, markup=False)
     console.print(_role_table(plan))
     for stage in plan.memory:
         console.print(_memory_table(plan, stage, unit))
@@ -31,7 +30,7 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     console.print(_traffic_table(plan))
     console.print(_time_table(plan))
     for line in _verdict(plan):
-        console.print(line, highlight=False, soft_wrap=True)
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _console() -> Console:
