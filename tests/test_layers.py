@@ -25,7 +25,9 @@ LEVELS = {
     "algorithm": 1,
     "convert": 1,
     "eval.metrics": 1,
+    "reshard.layouts": 1,
     "reshard.manifest": 1,
+    "reshard.plan": 1,
     "ops": 2,
     "parallel": 2,
     "model": 2,
@@ -70,7 +72,9 @@ HEAVY = {
 LIGHT = (
     "model.geometry",
     "model.parity",
+    "reshard.layouts",
     "reshard.manifest",
+    "reshard.plan",
     "scoring.credit",
     "scoring.screen",
 )
