@@ -153,6 +153,11 @@ class EngineConfig(Section):
         "auto", description="auto: the student's dtype"
     )
     start_timeout_s: float = Field(300, gt=0)
+    py_executable: str | None = Field(
+        None,
+        description="Python of the engines' own environment, same minor version and Ray as the "
+        "trainer's; null: $SOD_ENGINE_PYTHON, else the trainer's",
+    )
 
 
 class RolloutConfig(Section):

@@ -11,7 +11,7 @@ from typing import Any
 
 import ray
 
-from megatron_sod.config.schema import ModelConfig, SodConfig
+from megatron_sod.config.schema import EngineConfig, ModelConfig, SodConfig
 from megatron_sod.errors import RolloutError
 from megatron_sod.observe.progress import say
 from megatron_sod.reshard.sync import EngineControl
@@ -39,7 +39,7 @@ class RolloutController:
         remote_engine = ray.remote(  # type: ignore[call-overload]
             num_cpus=0,
             max_concurrency=_ENGINE_CALLS_AT_ONCE,
-            runtime_env={"env_vars": engine_environment(config.rollout.engine.kv_cache_gb)},
+            runtime_env=_engine_runtime(config.rollout.engine),
         )(Engine)
         remote_worker = ray.remote(  # type: ignore[call-overload]
             num_cpus=0, max_concurrency=8
@@ -164,6 +164,20 @@ def _without_torchrun_variables() -> Iterator[None]:
         yield
     finally:
         os.environ.update(held)
+
+
+def _engine_runtime(engine: EngineConfig) -> dict[str, Any]:
+    """Ray's runtime environment of an engine: vLLM may live beside another torch than ours."""
+    runtime: dict[str, Any] = {"env_vars": engine_environment(engine.kv_cache_gb)}
+    python = engine.py_executable or os.environ.get("SOD_ENGINE_PYTHON")
+    if python:
+        if not os.access(python, os.X_OK):
+            raise RolloutError(
+                f"rollout.engine.py_executable {python!r} is not an executable Python; give the "
+                "bin/python of the environment vLLM is installed in, or unset SOD_ENGINE_PYTHON"
+            )
+        runtime["py_executable"] = python
+    return runtime
 
 
 def _engine_options(config: SodConfig, model: ModelConfig, load_weights: bool) -> dict[str, Any]:
