@@ -55,7 +55,7 @@ def test_an_engine_serves_from_another_environment(tmp_path):
         tmp_path / "student",
         rollout={**small, "engine": {"py_executable": python, "kv_cache_gb": 1}},
     )
-    controller = RolloutController(config, config.student, load_weights=True)
+    controller = RolloutController(config, config.student, load_weights=False)
     try:
         controller.wait_until_ready("engines")
         assert len(ray.get(controller.engines[0].score.remote([5, 6, 7]))) == 2
