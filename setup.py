@@ -19,7 +19,14 @@ setup(
     ext_modules=extensions(),
     cmdclass={"build_ext": BuildNative},
     packages=find_packages(include=["megatron_sod", "megatron_sod.*"]),
-    package_data={"megatron_sod": ["py.typed", "observe/*.jinja"]},
+    package_data={
+        "megatron_sod": [
+            "py.typed",
+            "observe/report/*.jinja",
+            "observe/report/*.css",
+            "observe/report/*.js",
+        ]
+    },
     install_requires=[
         "torch>=2.10",
         "numpy",

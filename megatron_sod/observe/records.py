@@ -99,35 +99,47 @@ def _trajectory_rows(
     iteration: int,
     num_kept: int,
 ) -> list[dict]:
-    """Whole trajectories for the report: ids, steps, log-ratio of each of the student's tokens."""
-    kept: dict[int, list[float]] = {i: [] for i in range(min(num_kept, len(batch.trajectories)))}
+    """Whole trajectories for the report, spread over the batch: ids, steps, and what both models
+    said about each of the student's tokens."""
+    total = len(batch.trajectories)
+    kept = [i * total // num_kept for i in range(num_kept)] if num_kept < total else range(total)
+    students: dict[int, list[float]] = {index: [] for index in kept}
+    ratios: dict[int, list[float]] = {index: [] for index in kept}
     for micro_batch, score in zip(micro_batches, scores, strict=True):
-        if score.teacher_logprobs is None:
-            continue
-        ratios = (score.teacher_logprobs - score.student_logprobs).cpu()
+        student = score.student_logprobs.cpu()
+        teacher = None if score.teacher_logprobs is None else score.teacher_logprobs.cpu()
         owners = micro_batch.trajectory_ids.cpu()
         for index in kept:
-            kept[index] += ratios[owners == index].tolist()
-    rows = []
-    for index, log_ratios in kept.items():
-        trajectory = batch.trajectories[index]
-        valid = [] if steps is None else steps.valid[index].tolist()
-        rows.append(
-            {
-                "iteration": iteration,
-                "trajectory": trajectory.trajectory_id,
-                "prompt_token_ids": trajectory.prompt_token_ids,
-                "response_token_ids": trajectory.response_token_ids,
-                "step_ids": trajectory.step_ids,
-                "log_ratios": [round(x, 4) for x in log_ratios],
-                "reward": trajectory.reward,
-                "finish_reason": trajectory.finish_reason,
-                "outcomes": [step.outcome for step in trajectory.steps],
-                "d": _valid_values(steps.step_divergence[index], valid) if steps else [],
-                "w": _valid_values(steps.step_weights[index], valid) if steps else [],
-            }
-        )
-    return rows
+            mine = owners == index
+            students[index] += student[mine].tolist()
+            if teacher is not None:
+                ratios[index] += (teacher - student)[mine].tolist()
+    return [
+        {
+            "iteration": iteration,
+            "trajectory": batch.trajectories[index].trajectory_id,
+            "prompt_token_ids": batch.trajectories[index].prompt_token_ids,
+            "response_token_ids": batch.trajectories[index].response_token_ids,
+            "step_ids": batch.trajectories[index].step_ids,
+            "log_ratios": [round(x, 4) for x in ratios[index]],
+            "student_logprobs": [round(x, 4) for x in students[index]],
+            "reward": batch.trajectories[index].reward,
+            "finish_reason": batch.trajectories[index].finish_reason,
+            "outcomes": [step.outcome for step in batch.trajectories[index].steps],
+            **_step_values(steps, index),
+        }
+        for index in kept
+    ]
+
+
+def _step_values(steps: StepCredit | None, index: int) -> dict[str, list[float | None]]:
+    if steps is None:
+        return {"d": [], "w": []}
+    valid = steps.valid[index].tolist()
+    return {
+        "d": _valid_values(steps.step_divergence[index], valid),
+        "w": _valid_values(steps.step_weights[index], valid),
+    }
 
 
 def _valid_values(values: torch.Tensor, valid: list[bool]) -> list[float | None]:

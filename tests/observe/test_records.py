@@ -60,6 +60,8 @@ def test_trajectories_carry_the_log_ratio_of_each_of_the_students_tokens(parts):
     first, second = _records(parts).trajectory_rows
     assert first["log_ratios"] == [-0.5, 0.5, 0.0]
     assert second["log_ratios"] == [-30.0, 0.25]
+    assert first["student_logprobs"] == [-1.0, -1.0, -2.0]
+    assert second["student_logprobs"] == [-0.5, -0.5]
     assert (first["d"], first["w"]) == ([0.5, 0.0], [1.0, 0.5])
     assert second["d"] == [15.125, None] and first["outcomes"] == ["ok", "none"]
 
@@ -67,6 +69,15 @@ def test_trajectories_carry_the_log_ratio_of_each_of_the_students_tokens(parts):
 @pytest.mark.parametrize("kept", [0, 1, 5])
 def test_only_as_many_trajectories_are_kept_as_asked_for(parts, kept):
     assert len(_records(parts, kept).trajectory_rows) == min(kept, 2)
+
+
+def test_kept_trajectories_are_spread_over_the_batch():
+    many = [_trajectory(str(i), 1.0, (("none", 1, 0),)) for i in range(10)]
+    batch = TrainingBatch([], many, torch.zeros(10))
+    rows = local_records(
+        batch, [], [], [], None, iteration=1, num_trajectories_kept=4
+    ).trajectory_rows
+    assert [row["trajectory"] for row in rows] == [many[i].trajectory_id for i in (0, 2, 5, 7)]
 
 
 def test_sums_are_over_rows(parts):
