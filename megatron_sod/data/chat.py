@@ -15,12 +15,13 @@ from tokenizers import Tokenizer
 
 from megatron_sod.errors import DataError
 
+_THINKING = {"enable_thinking": True}
 _PROBE = "\u2042PROBE\u2042"  # a text no template contains
 
 
 @dataclass(frozen=True)
 class RenderedConversation:
-    """Ids of one whole-conversation render."""
+    """Ids of a whole conversation."""
 
     token_ids: list[int]
     loss_mask: list[bool]  # True on assistant tokens, the end-of-turn token included
@@ -74,9 +75,7 @@ class ChatFormat:
 
     def prompt_ids(self, messages: list[dict]) -> list[int]:
         """Ids of the conversation so far, ending with the assistant marker."""
-        return self.tokenizer(self._text(messages, generate=True), add_special_tokens=False)[
-            "input_ids"
-        ]
+        return self._ids(self._text(messages, generate=True))
 
     def observation_ids(self, texts: list[str]) -> list[int]:
         """What follows a turn's end-of-turn token: a newline, the tool results, the next marker."""
@@ -97,37 +96,62 @@ class ChatFormat:
         return self.tokenizer.decode(token_ids, skip_special_tokens=False)
 
     def conversation(self, messages: list[dict]) -> RenderedConversation:
-        """One render of the whole conversation, with the assistant's tokens marked.
+        """The ids a rollout holds in which the student wrote these assistant turns.
+
+        Equal to one render of the whole conversation wherever the template opens a turn as it
+        prompts for one. Without thinking Qwen3 does not: it prompts with an empty thought, and
+        renders one in the last turn only. Rollouts read it before every turn, so it stands before
+        every turn here too, as context without loss.
 
         Raises:
-            DataError: the template does not render an assistant turn as a continuation of its
-                own prompt, so its tokens cannot be told apart.
+            DataError: the template does not render an assistant turn as a continuation of its own
+                prompt, or a turn holds a thought although thinking is off.
         """
         text = self._text(messages, generate=False)
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        step_of_character = [0] * (len(text) + 1)
-        step = 0
-        for index, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            step += 1
-            start, end = self._assistant_span(text, messages, index)
-            step_of_character[start:end] = [step] * (end - start)
-        step_ids = [step_of_character[start] for start, _ in encoded["offset_mapping"]]
-        return RenderedConversation(encoded["input_ids"], [s > 0 for s in step_ids], step_ids)
+        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        spans = [self._assistant_span(text, messages, i) for i in turns]
+        if not turns:
+            ids = self._ids(text)
+            return RenderedConversation(ids, [False] * len(ids), [0] * len(ids))
+        ids = self.prompt_ids(messages[: turns[0]])
+        step_ids = [0] * len(ids)
+        for step, (start, end) in enumerate(spans, 1):
+            turn = self._ids(text[start:end])
+            following = self._between_turns(messages, turns, spans, text, step)
+            ids += turn + following
+            step_ids += [step] * len(turn) + [0] * len(following)
+        return RenderedConversation(ids, [s > 0 for s in step_ids], step_ids)
+
+    def _between_turns(self, messages, turns, spans, text: str, step: int) -> list[int]:
+        """Context ids from the end of turn `step` to the start of the next, or of the text."""
+        if step == len(turns):
+            return self._ids(text[spans[-1][1] :])
+        between = messages[turns[step - 1] + 1 : turns[step]]
+        if between and all(message["role"] == "tool" for message in between):
+            return self.observation_ids([_plain_content(message) for message in between])
+        gap = text[spans[step - 1][1] : spans[step][0]].removesuffix(self._thought)
+        return self._ids(gap + self._thought)
 
     def _assistant_span(self, text: str, messages: list[dict], index: int) -> tuple[int, int]:
-        # Without thinking Qwen3 opens a generated turn with an empty thought, but renders one in
-        # the last turn of a conversation only: earlier turns start at the plain marker.
-        for options in (self._options, {"enable_thinking": True}):
-            before = self._text(messages[:index], generate=True, options=options)
-            if text.startswith(before):
-                end = text.index(self._end_text, len(before)) + len(self._end_text)
-                return len(before), end
-        raise DataError(
-            f"message {index}: the chat template rewrites earlier turns, so the assistant's "
-            "tokens cannot be located; use a template that renders turns incrementally"
-        )
+        """Where in `text` the student's part of a turn begins and ends."""
+        before = self._text(messages[:index], generate=True, options=_THINKING)
+        if not text.startswith(before):
+            raise DataError(
+                f"message {index}: the chat template rewrites earlier turns, so the assistant's "
+                "tokens cannot be located; use a template that renders turns incrementally"
+            )
+        start = len(before)
+        if self._thought and text.startswith(self._thought, start):
+            start += len(self._thought)
+        elif self._thought and text.startswith("<think>", start):
+            raise DataError(
+                f"message {index}: the turn holds a thought, but data.enable_thinking is false and "
+                "rollouts would never sample one; set it to true, or remove the thoughts"
+            )
+        return start, text.index(self._end_text, start) + len(self._end_text)
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def _text(self, messages: list[dict], *, generate: bool, options: dict | None = None) -> str:
         return self.tokenizer.apply_chat_template(
@@ -151,8 +175,7 @@ class ChatFormat:
             )
         _, after_turn, between, close = parts
         prefix = self._text(opening, generate=False).split(_PROBE)[1]
-        end_ids = self.tokenizer(prefix, add_special_tokens=False)["input_ids"]
-        self.end_of_turn_id = end_ids[0]
+        self.end_of_turn_id = self._ids(prefix)[0]
         self._end_text = self.tokenizer.decode([self.end_of_turn_id])
         if not after_turn.startswith(self._end_text):
             raise DataError("chat template: an assistant turn does not end with one special token")
@@ -160,6 +183,10 @@ class ChatFormat:
         leading = self.plain_ids(opening_glue.before)
         self._open = replace(opening_glue, control_ids=leading + opening_glue.control_ids)
         self._between = self._glue(between)
+        question = opening[:1]
+        marker = self._text(question, generate=True, options=_THINKING)
+        # What the template adds to the assistant marker so that no thought is sampled.
+        self._thought = self._text(question, generate=True).removeprefix(marker)
         closing_glue = self._glue(close)
         trailing = self.plain_ids(closing_glue.after)
         self._close = replace(closing_glue, control_ids=closing_glue.control_ids + trailing)
@@ -172,8 +199,14 @@ class ChatFormat:
         if not starts:
             raise DataError(f"chat template: no control token in {text!r}, next to a tool result")
         first, last = min(starts), max(ends)
-        ids = self.tokenizer(text[first:last], add_special_tokens=False)["input_ids"]
-        return _Glue(text[:first], ids, text[last:])
+        return _Glue(text[:first], self._ids(text[first:last]), text[last:])
+
+
+def _plain_content(message: dict) -> str:
+    content = message["content"]
+    if not isinstance(content, str):
+        raise DataError(f"a tool message must have text as content; found {content!r:.80}")
+    return content
 
 
 def _without_added_tokens(tokenizer: Any) -> Tokenizer:

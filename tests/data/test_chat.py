@@ -156,31 +156,98 @@ def test_tools_are_listed_only_when_given(tokenizer):
     assert "code_interpreter" not in without.decode(without.prompt_ids(messages))
 
 
-def test_a_cold_start_without_thinking_trains_every_turn(tokenizer):
-    """Qwen3's template opens only the last turn with an empty thought; the ids are those of the
-    whole render, and each turn's loss covers what the message says."""
+@pytest.mark.parametrize("enable_thinking", [True, False])
+@pytest.mark.parametrize("tools", [True, False])
+def test_a_cold_start_trains_on_what_rollouts_read(tokenizer, tools, enable_thinking):
+    """The ids, masks and steps of a conversation are those a rollout builds turn by turn; the loss
+    covers what each message says and its end token, nothing else."""
+    chat = _chat(tokenizer, tools, enable_thinking)
+    for messages in tiny_world.conversations(5, seed=3, tool_failure_rate=0.3):
+        if enable_thinking:
+            messages = _thinking(messages)
+        whole = chat.conversation(messages)
+        ids, steps = _incrementally(chat, messages)
+        assert whole.token_ids == ids + chat.plain_ids("\n")  # one render ends the last line too
+        assert whole.step_ids == [*steps, 0] and whole.loss_mask == [s > 0 for s in whole.step_ids]
+        end = chat.decode([chat.end_of_turn_id])
+        for step, message in enumerate([m for m in messages if m["role"] == "assistant"], 1):
+            turn = [i for i, s in zip(whole.token_ids, whole.step_ids, strict=True) if s == step]
+            assert chat.decode(turn) == message["content"] + end
+
+
+def test_a_cold_start_is_one_full_render_of_the_real_template():
+    """With thoughts the ids are exactly the render's. Without, they hold one more empty thought
+    before each turn but the last, where the template renders one itself, and differ in no other
+    character: nothing is cut from tool messages and no newline is lost."""
+    tokenizer = qwen3_tokenizer()
+    for messages in tiny_world.conversations(4, seed=3, num_operations=(2, 4)):
+        thinking = _thinking(messages)
+        render = tokenizer.apply_chat_template(thinking, tools=tiny_world.TOOLS, tokenize=False)
+        whole = _chat(tokenizer, enable_thinking=True).conversation(thinking)
+        assert whole.token_ids == tokenizer(render, add_special_tokens=False)["input_ids"]
+
+        chat = _chat(tokenizer, enable_thinking=False)
+        render = tokenizer.apply_chat_template(messages, tools=tiny_world.TOOLS, tokenize=False)
+        text = chat.decode(chat.conversation(messages).token_ids)
+        thought = "<think>\n\n</think>\n\n"
+        num_turns = sum(m["role"] == "assistant" for m in messages)
+        assert text.count(thought) == num_turns and render.count(thought) == 1
+        assert text.replace(thought, "") == render.replace(thought, "")
+
+
+def test_calls_given_as_structured_fields_are_rendered_by_the_template():
+    tokenizer = qwen3_tokenizer()
+    call = {"name": "code_interpreter", "arguments": {"code": "print(1)"}}
+    messages = [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "", "tool_calls": [{"function": call}]},
+        {"role": "tool", "content": "1"},
+        {"role": "assistant", "content": "1"},
+    ]
     chat = _chat(tokenizer)
-    messages = next(iter(tiny_world.conversations(1, seed=3, num_operations=(2, 2))))
     whole = chat.conversation(messages)
-    text = tokenizer.apply_chat_template(messages, tools=tiny_world.TOOLS, tokenize=False)
-    assert whole.token_ids == tokenizer(text, add_special_tokens=False)["input_ids"]
-    end = chat.decode([chat.end_of_turn_id])
-    for step, message in enumerate([m for m in messages if m["role"] == "assistant"], 1):
-        ids = [i for i, s in zip(whole.token_ids, whole.step_ids, strict=True) if s == step]
-        assert chat.decode(ids) == message["content"] + end
+    turn = [i for i, s in zip(whole.token_ids, whole.step_ids, strict=True) if s == 1]
+    assert chat.decode(turn) == tiny_world.tool_call_text("print(1)") + "<|im_end|>"
 
 
-def test_qwen3_without_thinking_differs_from_one_render_by_empty_thoughts_only():
-    """The generation prompt opens every sampled turn with an empty thought, one render only the
-    last: the only difference, and the reason why nothing is ever re-tokenised."""
-    chat = _chat(qwen3_tokenizer(), enable_thinking=False)
-    messages = next(iter(tiny_world.conversations(1, seed=3, num_operations=(3, 3))))
-    ids, _ = _incrementally(chat, messages)
-    empty = chat.tokenizer("<think>\n\n</think>\n\n", add_special_tokens=False)["input_ids"]
-    text, whole = chat.decode(ids), chat.decode(chat.conversation(messages).token_ids[:-1])
-    thought = chat.decode(empty)
-    assert text.count(thought) == 4 and whole.count(thought) == 1
-    assert text.replace(thought, "") == whole.replace(thought, "")
+def test_a_later_question_is_context_and_its_turn_is_prompted_like_the_first():
+    chat = _chat(qwen3_tokenizer())
+    messages = [
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": "first"},
+        {"role": "user", "content": "two"},
+        {"role": "assistant", "content": "second"},
+    ]
+    whole = chat.conversation(messages)
+    before = [i for i, s in zip(whole.token_ids, whole.step_ids, strict=True) if s == 0]
+    turn = "<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    assert chat.decode(before).count(turn) == 2
+    assert "<|im_start|>user\ntwo<|im_end|>\n" in chat.decode(before)
+    assert max(whole.step_ids) == 2
+
+
+def test_thoughts_in_a_cold_start_that_could_never_be_sampled_are_refused():
+    messages = _thinking(next(iter(tiny_world.conversations(1, seed=3))))
+    with pytest.raises(DataError, match="message 1: the turn holds a thought"):
+        _chat(qwen3_tokenizer()).conversation(messages)
+
+
+def test_control_tokens_in_a_cold_starts_tool_output_stay_text():
+    chat = _chat(qwen3_tokenizer())
+    messages = [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": tiny_world.tool_call_text("print(1)")},
+        {"role": "tool", "content": EVIL},
+        {"role": "assistant", "content": "1"},
+    ]
+    ids = chat.conversation(messages).token_ids
+    honest = chat.conversation([*messages[:2], {"role": "tool", "content": "1"}, messages[3]])
+    assert ids.count(chat.end_of_turn_id) == honest.token_ids.count(chat.end_of_turn_id)
+
+
+def test_a_conversation_without_an_assistant_carries_no_loss(tokenizer):
+    whole = _chat(tokenizer).conversation([{"role": "user", "content": "hello"}])
+    assert whole.token_ids and not any(whole.loss_mask)
 
 
 def test_a_tokenizer_without_chat_template_is_refused():
