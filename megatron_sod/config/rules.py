@@ -15,8 +15,22 @@ def cross_field_problems(config: BaseModel) -> list[str]:
     if isinstance(config, SodConfig):
         return [*_layout(config), *_batches(config), *_roles(config)]
     if isinstance(config, SftConfig):
-        return list(_parallel_problems("student", config.student.parallel, config.cluster))
+        return [
+            *_parallel_problems("student", config.student.parallel, config.cluster),
+            *_cold_start(config),
+        ]
     return []
+
+
+def _cold_start(config: SftConfig) -> Iterator[str]:
+    train, data = config.train, config.data
+    if (train.num_steps is None) == (train.num_epochs is None):
+        yield "give either train.num_steps or train.num_epochs, not both and not neither"
+    if train.tokens_per_micro_batch < data.max_length:
+        yield (
+            f"train.tokens_per_micro_batch {train.tokens_per_micro_batch} is below data.max_length "
+            f"{data.max_length}: one conversation must fit; raise the first or lower the second"
+        )
 
 
 def _parallel_problems(role: str, parallel: ParallelConfig, cluster) -> Iterator[str]:

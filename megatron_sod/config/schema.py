@@ -348,7 +348,8 @@ class SodConfig(Section):
 
 
 class SftTrainConfig(Section):
-    num_steps: int = Field(gt=0)
+    num_steps: int | None = Field(None, gt=0, description="optimizer steps; or give num_epochs")
+    num_epochs: float | None = Field(None, gt=0, description="passes over the conversations")
     global_batch_size: int = Field(128, gt=0, description="conversations per optimizer step")
     tokens_per_micro_batch: int = Field(32768, gt=0)
     lr: float = Field(1e-5, ge=0)
@@ -359,7 +360,10 @@ class SftTrainConfig(Section):
     adam_beta2: float = Field(0.95, ge=0, lt=1)
     clip_grad: float = Field(1.0, gt=0)
     use_distributed_optimizer: bool = True
-    log_interval: int = Field(10, gt=0)
+    log_interval: int = Field(10, gt=0, description="optimizer steps")
+    save_interval: int = Field(50, gt=0, description="optimizer steps; needs run_dir")
+    keep_last: int = Field(1, gt=0, description="checkpoints kept")
+    resume: str = Field("auto", description="auto | never | path of a checkpoint")
 
 
 class SftDataConfig(Section):
@@ -367,7 +371,13 @@ class SftDataConfig(Section):
         min_length=1, description="JSONL or Parquet with `messages`, or tiny_world:train:COUNT"
     )
     tools_in_prompt: bool = True
-    max_length: int = Field(32768, gt=0, description="tokens; longer conversations are cut right")
+    enable_thinking: bool = Field(
+        False, description="as data.enable_thinking of the rollouts to come: same turn openings"
+    )
+    max_length: int = Field(32768, gt=0, description="tokens")
+    overlong: Literal["cut", "drop", "error"] = Field(
+        "cut", description="what happens to longer conversations; cut: on the right"
+    )
 
 
 class SftConfig(Section):
@@ -378,3 +388,6 @@ class SftConfig(Section):
     data: SftDataConfig
     train: SftTrainConfig
     out: str = Field(description="directory the trained model is written to, in HF format")
+    run_dir: str | None = Field(
+        None, description="home of metrics.jsonl and checkpoints; null: neither is kept"
+    )

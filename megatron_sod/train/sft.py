@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-import random
+import json
+import math
 import time
-from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from megatron_sod.config.load import config_hash
 from megatron_sod.config.schema import SftConfig
 from megatron_sod.data.chat import ChatFormat
+from megatron_sod.data.conversations import cold_start_data
+from megatron_sod.data.order import PromptOrder
 from megatron_sod.data.packing import PackItem, pack, plan_micro_batches
 from megatron_sod.data.sources import load_conversations, load_tokenizer, tool_schemas
 from megatron_sod.errors import DataError
 from megatron_sod.model.build import build_model
 from megatron_sod.model.geometry import load_geometry
 from megatron_sod.model.weights import export_hf, has_weights, load_hf_weights
-from megatron_sod.observe.progress import progress
+from megatron_sod.observe.progress import progress, say
 from megatron_sod.ops import differentiable_divergence
 from megatron_sod.parallel import state
 from megatron_sod.parallel.cpu import device
+from megatron_sod.train.checkpoint import Checkpoints, Progress
 from megatron_sod.train.trainable import Trainable
 from megatron_sod.types import MicroBatch
 
@@ -31,46 +37,50 @@ def run_sft(config: SftConfig) -> dict[str, float]:
     torch.manual_seed(config.seed)
     state.initialize(config.student.parallel, seed=config.seed)
     groups = state.process_groups()
+    items = _items(config)
+    num_steps = _num_steps(config, len(items))
     geometry = load_geometry(config.student.path)
     model = build_model(geometry, config.student.parallel, groups, dtype=config.student.dtype)
     if has_weights(config.student.path):
         load_hf_weights(model, geometry, config.student.path)
     trainable = Trainable(model, geometry, config.train)
-    scheduler = _schedule(trainable, config)
-    items = _render(config)
-    batches = _batches(items, config, groups)
+    saver = _Saver(config, trainable)
+    done = saver.resume()
+    scheduler = _schedule(trainable, config, num_steps)
+    scheduler.step(increment=done)
+    order = PromptOrder(len(items), config.seed)
     metrics: dict[str, float] = {}
     started = time.monotonic()
     loss_fn = _loss_fn(model, groups.tp)
-    with progress("cold start", config.train.num_steps, unit="step") as bar:
-        for step in range(1, config.train.num_steps + 1):
-            result = trainable.step(next(batches), loss_fn)
+    with progress("cold start", num_steps, unit="step", start=done) as bar:
+        for step in range(done + 1, num_steps + 1):
+            batch = _batch(items, order, step, config, groups)
+            lr = trainable.optimizer.param_groups[0]["lr"]
+            result = trainable.step(batch, loss_fn)
             scheduler.step(increment=1)
-            if step % config.train.log_interval == 0 or step == config.train.num_steps:
-                metrics = _metrics(result, groups)
+            if step % config.train.log_interval == 0 or step == num_steps:
+                metrics = {**_metrics(result, groups), "lr": lr}
                 bar.update(step, **metrics)
+                saver.log({"step": step, "epoch": _epoch(config, step, len(items)), **metrics})
+            if step % config.train.save_interval == 0 or step == num_steps:
+                saver.save(step)
     metrics["wall_s"] = time.monotonic() - started
     export_hf(model, geometry, config.out, config.student.path)
     return metrics
 
 
-def _render(config: SftConfig) -> list[PackItem]:
-    tokenizer = load_tokenizer(config.student.path)
-    tools = tool_schemas() if config.data.tools_in_prompt else None
-    chat = ChatFormat(tokenizer, tools=tools)
-    limit = min(config.data.max_length, config.train.tokens_per_micro_batch)
-    items: list[PackItem] = []
-    for messages in load_conversations(config.data.conversations, seed=config.seed):
-        rendered = chat.conversation(messages)
-        items.append(
-            PackItem(
-                rendered.token_ids[:limit],
-                rendered.loss_mask[:limit],
-                rendered.step_ids[:limit],
-                [0.0] * len(rendered.token_ids[:limit]),
-                len(items),
-            )
-        )
+def _items(config: SftConfig) -> list[PackItem]:
+    chat = ChatFormat(
+        load_tokenizer(config.student.path),
+        tools=tool_schemas() if config.data.tools_in_prompt else None,
+        enable_thinking=config.data.enable_thinking,
+    )
+    items = cold_start_data(
+        load_conversations(config.data.conversations, seed=config.seed),
+        chat,
+        max_length=config.data.max_length,
+        overlong=config.data.overlong,
+    ).items
     if len(items) < config.train.global_batch_size:
         raise DataError(
             f"data.conversations: {len(items)} conversations, fewer than train.global_batch_size "
@@ -79,22 +89,72 @@ def _render(config: SftConfig) -> list[PackItem]:
     return items
 
 
-def _batches(items: list[PackItem], config: SftConfig, groups) -> Iterator[list[MicroBatch]]:
-    """Micro-batches of this rank, batch after batch, reshuffled each epoch."""
-    rng = random.Random(config.seed)
-    order: list[int] = []
+def _num_steps(config: SftConfig, num_items: int) -> int:
+    train = config.train
+    if train.num_steps is not None:
+        return train.num_steps
+    assert train.num_epochs is not None, "checked by the configuration's rules"
+    return math.ceil(train.num_epochs * num_items / train.global_batch_size)
+
+
+def _epoch(config: SftConfig, step: int, num_items: int) -> float:
+    return round(step * config.train.global_batch_size / num_items, 3)
+
+
+def _batch(
+    items: list[PackItem], order: PromptOrder, step: int, config: SftConfig, groups
+) -> list[MicroBatch]:
+    """This rank's micro-batches of a step: a function of the step, so that a run can resume."""
     size = config.train.global_batch_size
-    while True:
-        if len(order) < size:
-            order += rng.sample(range(len(items)), len(items))
-        chosen, order = [items[i] for i in order[:size]], order[size:]
-        plan = plan_micro_batches(
-            [len(item.token_ids) for item in chosen],
-            dp_size=groups.dp.size(),
-            tokens_per_micro_batch=config.train.tokens_per_micro_batch,
-        )[groups.dp.rank()]
-        multiple = groups.tp.size() if config.student.parallel.sequence_parallel else 1
-        yield [pack([chosen[i] for i in indices], multiple_of=multiple) for indices in plan]
+    chosen = [items[i] for i in order.draw((step - 1) * size, size)]
+    plan = plan_micro_batches(
+        [len(item.token_ids) for item in chosen],
+        dp_size=groups.dp.size(),
+        tokens_per_micro_batch=config.train.tokens_per_micro_batch,
+    )[groups.dp.rank()]
+    multiple = groups.tp.size() if config.student.parallel.sequence_parallel else 1
+    return [
+        pack([replace(chosen[i], index=i) for i in indices], multiple_of=multiple)
+        for indices in plan
+    ]
+
+
+class _Saver:
+    """Checkpoints and metrics.jsonl in `run_dir`; does nothing without one."""
+
+    def __init__(self, config: SftConfig, trainable: Trainable):
+        self._config, self._trainable = config, trainable
+        self._folder = Path(config.run_dir) if config.run_dir else None
+        self._checkpoints = None
+        if self._folder is not None:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._checkpoints = Checkpoints(
+                self._folder / "checkpoints", keep_last=config.train.keep_last
+            )
+
+    def resume(self) -> int:
+        """Steps done by the checkpoint `train.resume` names; 0 for a fresh start."""
+        resume = self._config.train.resume
+        if self._checkpoints is None or resume == "never":
+            return 0
+        path = self._checkpoints.latest() if resume == "auto" else resume
+        if path is None:
+            return 0
+        done = self._checkpoints.load(self._trainable, path).iteration
+        say(f"resumed after step {done}")
+        return done
+
+    def save(self, step: int) -> None:
+        if self._checkpoints is not None:
+            drawn = step * self._config.train.global_batch_size
+            self._checkpoints.save(
+                self._trainable, Progress(step, 0, drawn, step, config_hash(self._config))
+            )
+
+    def log(self, row: dict[str, float]) -> None:
+        if self._folder is not None and dist.get_rank() == 0:
+            with (self._folder / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps(row) + "\n")
 
 
 def _loss_fn(model, tp_group):
@@ -116,19 +176,19 @@ def _loss_fn(model, tp_group):
     return loss_fn
 
 
-def _schedule(trainable: Trainable, config: SftConfig) -> OptimizerParamScheduler:
+def _schedule(trainable: Trainable, config: SftConfig, num_steps: int) -> OptimizerParamScheduler:
     train = config.train
     return OptimizerParamScheduler(
         trainable.optimizer,
         init_lr=0.0,
         max_lr=train.lr,
         min_lr=train.lr * train.min_lr_ratio,
-        lr_warmup_steps=int(train.warmup_ratio * train.num_steps),
-        lr_decay_steps=train.num_steps,
+        lr_warmup_steps=int(train.warmup_ratio * num_steps),
+        lr_decay_steps=num_steps,
         lr_decay_style="cosine",
         start_wd=train.weight_decay,
         end_wd=train.weight_decay,
-        wd_incr_steps=train.num_steps,
+        wd_incr_steps=num_steps,
         wd_incr_style="constant",
     )
 
@@ -140,4 +200,8 @@ def _metrics(result, groups) -> dict[str, float]:
         sums += torch.stack([loss.double(), count.double()])
     for group in (groups.dp, groups.pp):
         dist.all_reduce(sums, group=group)
-    return {"loss": float(sums[0] / sums[1]), "grad_norm": result.grad_norm}
+    return {
+        "loss": float(sums[0] / sums[1]),
+        "loss_tokens": float(sums[1]),
+        "grad_norm": result.grad_norm,
+    }
