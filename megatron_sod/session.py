@@ -17,7 +17,8 @@ from megatron_sod.config.schema import ModelConfig, SodConfig
 from megatron_sod.data.chat_parity import check_same_chat
 from megatron_sod.data.order import PromptOrder
 from megatron_sod.data.privileged import teacher_prompts
-from megatron_sod.data.sources import load_prompts, load_tokenizer
+from megatron_sod.data.sources import load_prompts
+from megatron_sod.data.tokenizer import load_tokenizer
 from megatron_sod.errors import ConfigError
 from megatron_sod.model.build import HiddenStateGPT, build_model
 from megatron_sod.model.geometry import Geometry, layout_problems, load_geometry

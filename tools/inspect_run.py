@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 
 from megatron_sod.command_line import user_errors
-from megatron_sod.data.sources import load_tokenizer
+from megatron_sod.data.tokenizer import load_tokenizer
 from megatron_sod.observe.report import write_report
 from megatron_sod.observe.report.run_data import MAX_TEXT_TOKENS
 

@@ -10,32 +10,10 @@ from typing import Any
 
 from megatron_sod.data import tiny_world
 from megatron_sod.data.chat import ChatFormat
-from megatron_sod.errors import DataError, ModelError
+from megatron_sod.errors import DataError
 from megatron_sod.types import Prompt
 
 _TINY_WORLD = re.compile(r"tiny_world:(\w+):(\d+)(?::(\d+)-(\d+))?")
-
-
-def load_tokenizer(model_dir: str | Path) -> Any:
-    """The tokenizer of a model directory.
-
-    Raises:
-        ModelError: no tokenizer files there.
-    """
-    from transformers import AutoTokenizer
-
-    if not Path(model_dir).is_dir():
-        raise ModelError(
-            f"model directory {model_dir}: no such directory; give the path of a model in Hugging "
-            "Face format"
-        )
-    try:
-        return AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"model directory {model_dir}: no tokenizer can be loaded there ({error}); copy "
-            "tokenizer.json and tokenizer_config.json beside the weights"
-        ) from error
 
 
 def tool_schemas() -> list[dict]:

@@ -8,7 +8,8 @@ from typing import Any
 
 from megatron_sod.config.schema import SodConfig
 from megatron_sod.data.chat import ChatFormat
-from megatron_sod.data.sources import load_tokenizer, tool_schemas
+from megatron_sod.data.sources import tool_schemas
+from megatron_sod.data.tokenizer import load_tokenizer
 from megatron_sod.rollout.agent_loop import AgentLoop, Limits, SampledTurn, Sampling
 from megatron_sod.rollout.rewards import make_grader
 from megatron_sod.rollout.tools import CodeInterpreter, FlakyTool, Tool

@@ -18,7 +18,8 @@ from megatron_sod.data.chat import ChatFormat
 from megatron_sod.data.conversations import cold_start_data
 from megatron_sod.data.order import PromptOrder
 from megatron_sod.data.packing import PackItem, pack, plan_micro_batches
-from megatron_sod.data.sources import load_conversations, load_tokenizer, tool_schemas
+from megatron_sod.data.sources import load_conversations, tool_schemas
+from megatron_sod.data.tokenizer import load_tokenizer
 from megatron_sod.errors import DataError
 from megatron_sod.model.build import build_model
 from megatron_sod.model.geometry import load_geometry

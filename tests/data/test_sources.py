@@ -8,8 +8,8 @@ import json
 import pytest
 
 from megatron_sod.data.chat import ChatFormat
-from megatron_sod.data.sources import load_conversations, load_prompts, load_tokenizer
-from megatron_sod.errors import DataError, ModelError
+from megatron_sod.data.sources import load_conversations, load_prompts
+from megatron_sod.errors import DataError
 from tests.helpers.tokenizers import tiny_tokenizer
 
 
@@ -164,10 +164,3 @@ def test_a_row_without_messages_is_named(tmp_path, row):
     source = _jsonl(tmp_path / "c.jsonl", [row])
     with pytest.raises(DataError, match="c.jsonl row 1: no list `messages`"):
         list(load_conversations([source], seed=0))
-
-
-def test_a_missing_model_directory_or_tokenizer_is_named(tmp_path):
-    with pytest.raises(ModelError, match="no such directory"):
-        load_tokenizer(tmp_path / "gone")
-    with pytest.raises(ModelError, match="tokenizer"):
-        load_tokenizer(tmp_path)

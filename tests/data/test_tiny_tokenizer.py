@@ -5,13 +5,13 @@ Layer: pure (trains the tokenizer once). Chat rendering: tests/data/test_chat.py
 
 import pytest
 
-from megatron_sod.data.sources import load_tokenizer
 from megatron_sod.data.tiny_tokenizer import (
     CONTROL_TOKENS,
     MARKUP_TOKENS,
     save_tiny_tokenizer,
     train_tiny_tokenizer,
 )
+from megatron_sod.data.tokenizer import load_tokenizer
 from megatron_sod.errors import DataError
 
 

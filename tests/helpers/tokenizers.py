@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from megatron_sod.data.sources import load_tokenizer
 from megatron_sod.data.tiny_tokenizer import train_tiny_tokenizer
+from megatron_sod.data.tokenizer import load_tokenizer
 
 VARIABLE = "SOD_SHARED_DATA"
 QWEN3 = "tokenizer_qwen3_0p6b"
