@@ -42,7 +42,6 @@ setup(
             "tokenizers",
             "sentencepiece",
             "pyarrow",
-            "matplotlib",
             "rich",
             "jinja2",
             "tensorboard",
@@ -52,7 +51,7 @@ setup(
         ],
         "cpu": ["megatron-sod[train]", *CPU],
         "gpu": ["megatron-sod[train]", *GPU],
-        "dev": ["pytest", "pytest-timeout", "hypothesis", "ruff", "mypy"],
+        "dev": ["pytest", "pytest-timeout", "hypothesis", "ruff", "mypy", "websockets"],
     },
     entry_points={
         "vllm.general_plugins": ["megatron_sod = megatron_sod.reshard.vllm_plugin:register"],

@@ -49,8 +49,7 @@ class App {
 
   go(tab) {
     this.tab = tab;
-    const id = tab === "trajectories" && this.selected !== null ? this.run.meta.ids[this.selected] : null;
-    history.replaceState(null, "", `#${id === null ? tab : `trajectory=${encodeURIComponent(id)}`}`);
+    this.address();
     tip.hide();
     for (const button of document.querySelectorAll("[role=tab]")) {
       button.setAttribute("aria-selected", String(button.dataset.tab === tab));
@@ -62,6 +61,13 @@ class App {
     document.querySelectorAll("[data-run]").forEach((button) =>
       button.setAttribute("aria-pressed", String(this.runs[button.dataset.run] === this.run)));
     scrollTo(0, 0);
+  }
+
+  /** Put what is shown into the address, so that it can be shared and reloaded. */
+  address() {
+    const id = this.tab === "trajectories" ? this.run.meta.ids[this.selected] : undefined;
+    const hash = id === undefined ? this.tab : `trajectory=${encodeURIComponent(id)}`;
+    history.replaceState(null, "", `#${hash}`);
   }
 
   /** What the address names, else the overview. */

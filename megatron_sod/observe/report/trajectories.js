@@ -70,6 +70,7 @@ function trajectoriesView(app) {
   };
   const show = (i) => {
     app.selected = i;
+    app.address();
     detail.replaceChildren(trajectoryDetail(app, i, () => root.classList.remove("open")));
     root.classList.add("open");
     detail.scrollTop = 0;

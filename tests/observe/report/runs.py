@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from functools import cache
 from pathlib import Path
 
 import pyarrow
@@ -17,6 +18,11 @@ OUTCOMES = ("ok", "user_error", "timeout", "malformed", "infra_error", "none")
 
 
 def ids(text: str) -> list[int]:
+    return list(_ids(text))
+
+
+@cache
+def _ids(text: str) -> list[int]:
     return tiny_tokenizer()(text, add_special_tokens=False)["input_ids"]
 
 
