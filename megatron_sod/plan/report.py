@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from itertools import groupby
 from typing import NamedTuple
 
 from rich.console import Console
 from rich.table import Table
 
+from megatron_sod.plan.measured import MeasuredRun
 from megatron_sod.plan.memory import PHASES, Components, Stage, kv_bytes_per_token, kv_cache_bytes
 from megatron_sod.plan.plan import GIB, Plan
 from megatron_sod.plan.roles import Role
+from megatron_sod.plan.simulate import IterationTimes
 from megatron_sod.plan.traffic import GROUPS
 
 MAX_ROLE_ROWS = 24  # of larger jobs the first and the last are shown
@@ -36,7 +39,7 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
 def _console() -> Console:
     """As wide as the terminal; wide enough for the tables when there is none."""
     console = Console()
-    return console if console.is_terminal or "COLUMNS" in os.environ else Console(width=110)
+    return console if console.is_terminal or "COLUMNS" in os.environ else Console(width=120)
 
 
 def _header(plan: Plan) -> str:
@@ -180,3 +183,43 @@ def _verdict(plan: Plan) -> list[str]:
         checked = plan.job.hardware.memory_bytes is not None
         return ["fits" if checked else "memory is not checked on CPU"]
     return [f"does not fit: {problem}" for problem in plan.problems]
+
+
+def print_what_if(rows: Iterable[IterationTimes]) -> None:
+    """Step time and idle shares of each variant, as they are simulated."""
+    table = Table(title="Simulated iterations", title_justify="left")
+    names = ("GPUs", "placement", "staleness", "rollout s", "score s", "train s", "transfer s")
+    for name in (*names, "step s", "GPU idle", "tokens/s/GPU"):
+        table.add_column(name, justify="left" if name == "placement" else "right", no_wrap=True)
+    for times in rows:
+        seconds = (times.rollout_s, times.score_s, times.train_s, times.transfer_s, times.step_s)
+        table.add_row(
+            str(times.num_gpus),
+            times.placement,
+            str(times.staleness),
+            *(f"{value:.1f}" for value in seconds),
+            f"{times.idle_share:.0%}",
+            f"{times.tokens_per_gpu_s:.0f}",
+        )
+    _console().print(table)
+
+
+def print_comparison(pairs: list[tuple[MeasuredRun, IterationTimes]]) -> None:
+    """Measured and predicted seconds of each phase; the first run is the one fitted to."""
+    table = Table(title="Measured and predicted seconds of an iteration", title_justify="left")
+    for name in ("prompts", "phase", "measured s", "share", "predicted s", "share", "error"):
+        table.add_column(name, justify="left" if name == "phase" else "right")
+    for run, times in pairs:
+        for phase, seconds in run.seconds.items():
+            predicted = getattr(times, f"{phase}_s")
+            table.add_row(
+                str(run.config.train.train_batch_size),
+                phase,
+                f"{seconds:.2f}",
+                f"{run.shares[phase]:.1%}",
+                f"{predicted:.2f}",
+                f"{times.phase_shares[phase]:.1%}",
+                f"{predicted / seconds - 1:+.0%}",
+            )
+        table.add_section()
+    _console().print(table)

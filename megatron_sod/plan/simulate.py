@@ -11,15 +11,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
-from megatron_sod.config.schema import SodConfig
+from megatron_sod.config.schema import PlanConfig, SodConfig
 from megatron_sod.plan.engines import EngineSpeed, RolloutResult, simulate_rollout
 from megatron_sod.plan.estimate import PhaseTimes, phase_times
 from megatron_sod.plan.hardware import Hardware
 from megatron_sod.plan.job import Job, job_of
-from megatron_sod.plan.trajectories import draw_trajectories
+from megatron_sod.plan.trajectories import Limits, draw_trajectories
 
-MAX_SIMULATED_ENGINES = 64  # more engines are alike: these stand for all
+MAX_SIMULATED_ENGINES = 16  # of more, these stand for all
 
 
 @dataclass(frozen=True)
@@ -85,27 +86,62 @@ def simulate(
     return replace(runs[0], **means)  # type: ignore[arg-type]
 
 
+@dataclass(frozen=True)
+class _Rollout:
+    """A simulated rollout, and what its trajectories weigh; sums over the simulated ones."""
+
+    result: RolloutResult
+    count: int
+    tokens: int
+    rows: int
+    squares: int  # of trajectories' tokens
+
+
 def _iteration(job: Job, config: SodConfig, staleness: int, *, seed: int) -> IterationTimes:
-    rollout, draws = _rollout(job, config, seed)
-    share = job.workload.num_trajectories / len(draws)
-    tokens = share * sum(draw.tokens for draw in draws)
-    context = sum(draw.tokens**2 for draw in draws) / sum(draw.tokens for draw in draws)
-    rows = share * sum(draw.rows for draw in draws)
-    phases = phase_times(job, tokens=tokens, rows=rows, context=context)
-    return _composed(job, config, staleness, rollout, phases, tokens)
-
-
-def _rollout(job: Job, config: SodConfig, seed: int):
-    """The result and the trajectories of the engines that stand for all."""
-    num_engines = config.rollout.engine.num_engines
+    rollout, num_engines = config.rollout, config.rollout.engine.num_engines
     simulated = min(num_engines, MAX_SIMULATED_ENGINES)
-    count = math.ceil(job.workload.num_trajectories * simulated / num_engines)
-    draws = draw_trajectories(job, config.plan, count=count, seed=seed)
     slots = config.sandbox.max_concurrency
-    if slots is not None:
-        slots = max(1, slots * simulated // num_engines)
-    speed = EngineSpeed.of(job)
-    return simulate_rollout(draws, speed, num_engines=simulated, tool_slots=slots), draws
+    drawn = _rollout(
+        EngineSpeed.of(job),
+        config.plan,
+        Limits(
+            max(1, round(job.workload.prompt_tokens)),
+            rollout.max_response_length,
+            rollout.max_turns,
+        ),
+        math.ceil(job.workload.num_trajectories * simulated / num_engines),
+        simulated,
+        None if slots is None else max(1, slots * simulated // num_engines),
+        seed,
+    )
+    share = job.workload.num_trajectories / drawn.count
+    phases = phase_times(
+        job,
+        tokens=share * drawn.tokens,
+        rows=share * drawn.rows,
+        context=drawn.squares / drawn.tokens,
+    )
+    return _composed(job, config, staleness, drawn.result, phases, share * drawn.tokens)
+
+
+@lru_cache(maxsize=1024)  # a larger job's engines see the same as a smaller one's
+def _rollout(
+    speed: EngineSpeed,
+    plan: PlanConfig,
+    limits: Limits,
+    count: int,
+    num_engines: int,
+    slots: int | None,
+    seed: int,
+) -> _Rollout:
+    draws = draw_trajectories(plan, limits, count=count, seed=seed)
+    return _Rollout(
+        result=simulate_rollout(draws, speed, num_engines=num_engines, tool_slots=slots),
+        count=count,
+        tokens=sum(draw.tokens for draw in draws),
+        rows=sum(draw.rows for draw in draws),
+        squares=sum(draw.tokens**2 for draw in draws),
+    )
 
 
 def _composed(

@@ -7,7 +7,6 @@ import random
 from dataclasses import dataclass
 
 from megatron_sod.config.schema import PlanConfig
-from megatron_sod.plan.job import Job
 
 
 @dataclass(frozen=True)
@@ -30,25 +29,33 @@ class Draw:
         return self.turn_tokens * self.num_turns
 
 
-def draw_trajectories(job: Job, plan: PlanConfig, *, count: int, seed: int) -> list[Draw]:
+@dataclass(frozen=True)
+class Limits:
+    """What bounds a trajectory; tokens and turns."""
+
+    prompt_tokens: int  # of every prompt
+    max_response_length: int
+    max_turns: int
+
+
+def draw_trajectories(plan: PlanConfig, limits: Limits, *, count: int, seed: int) -> list[Draw]:
     """Log-normal response lengths and tool latencies, 1 + Poisson turns; cut at the limits.
 
     Turns and length are independent of each other.
     """
-    assert job.rollout is not None, "SFT has no rollouts"
     generator = random.Random(seed)
-    work, rollout = job.workload, job.rollout
-    centre = math.log(work.response_tokens) - plan.response_spread**2 / 2
+    mean = plan.mean_response_share * limits.max_response_length
+    centre = math.log(mean) - plan.response_spread**2 / 2
     latency = math.log(plan.tool_latency_s) if plan.tool_latency_s > 0 else -math.inf
     draws = []
     for _ in range(count):
         response = math.exp(generator.gauss(centre, plan.response_spread))
-        response = max(1.0, min(response, rollout.max_response_length))
-        turns = min(1 + _poisson(generator, plan.mean_turns - 1), rollout.max_turns)
+        response = max(1.0, min(response, limits.max_response_length))
+        turns = min(1 + _poisson(generator, plan.mean_turns - 1), limits.max_turns)
         seen = plan.observation_share * response if turns > 1 else 0.0
         draws.append(
             Draw(
-                prompt_tokens=max(1, round(work.prompt_tokens)),
+                prompt_tokens=limits.prompt_tokens,
                 num_turns=turns,
                 turn_tokens=max(1, round((response - seen) / turns)),
                 observation_tokens=round(seen / (turns - 1)) if turns > 1 else 0,

@@ -1,0 +1,65 @@
+"""What a run would do on other hardware, on paper.
+
+python tools/plan.py what-if --config FILE [--gpus 8 64 1024] [--fixed-batch] [key=value ...]
+python tools/plan.py picture --config FILE --out FILE.svg [key=value ...]
+python tools/plan.py compare RUN_DIR [RUN_DIR ...]      constants fitted to the first run
+
+For the plan of a configuration itself: tools/train_sod.py --config FILE --dry-run
+"""
+
+import argparse
+
+from megatron_sod.command_line import user_errors
+from megatron_sod.config.load import load_config
+from megatron_sod.plan.measured import comparison, read_run
+from megatron_sod.plan.picture import draw_iterations
+from megatron_sod.plan.report import print_comparison, print_what_if
+from megatron_sod.plan.scale import VARIANTS, gpus_of, what_if
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    scale = commands.add_parser("what-if", help="step time and idle share by number of GPUs")
+    scale.add_argument("--gpus", type=int, nargs="+", help="default: doubling up to 1,024")
+    scale.add_argument("--fixed-batch", action="store_true", help="the batch does not grow")
+    picture = commands.add_parser("picture", help="where the time goes")
+    picture.add_argument("--out", required=True, help=".svg or .png")
+    for command in (scale, picture):
+        command.add_argument("--config", required=True)
+        command.add_argument("overrides", nargs="*", help="dotted key=value")
+    compare = commands.add_parser("compare", help="predicted against measured phases")
+    compare.add_argument("runs", nargs="+", metavar="RUN_DIR")
+    arguments = parser.parse_args()
+    with user_errors():
+        globals()[arguments.command.replace("-", "_") + "_command"](arguments)
+
+
+def what_if_command(arguments: argparse.Namespace) -> None:
+    config = load_config(arguments.config, arguments.overrides)
+    counts = arguments.gpus or _doublings(gpus_of(config))
+    print_what_if(what_if(config, counts, grow_batch=not arguments.fixed_batch))
+
+
+def _doublings(first: int) -> list[int]:
+    counts = [first]
+    while counts[-1] * 2 <= 1024:
+        counts.append(counts[-1] * 2)
+    return counts
+
+
+def picture_command(arguments: argparse.Namespace) -> None:
+    config = load_config(arguments.config, arguments.overrides)
+    times = what_if(config, [gpus_of(config)], grow_batch=False)
+    labels = [f"{placement}, staleness {staleness}" for placement, staleness in VARIANTS]
+    print(draw_iterations(list(zip(labels, times, strict=True)), arguments.out))
+
+
+def compare_command(arguments: argparse.Namespace) -> None:
+    print_comparison(comparison([read_run(run) for run in arguments.runs]))
+
+
+if __name__ == "__main__":
+    main()
