@@ -34,6 +34,10 @@ class WatchdogAlarm(SodError, RuntimeError):
     """Training looks like it is collapsing; the run has saved its state and ends."""
 
 
+class EngineLost(RolloutError):
+    """An engine's process died; the turn it was sampling has to be asked for again."""
+
+
 class WeightTransferError(SodError, RuntimeError):
     """The engines do not hold the trainer's weights."""
 

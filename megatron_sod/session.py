@@ -29,7 +29,8 @@ from megatron_sod.observe.telemetry import Telemetry
 from megatron_sod.parallel import state
 from megatron_sod.reshard.canary import canary_sequences, trainer_logprobs
 from megatron_sod.reshard.sync import WeightSync
-from megatron_sod.rollout.controller import RolloutController, stop_ray
+from megatron_sod.rollout.controller import RolloutController
+from megatron_sod.rollout.ray_instance import stop_ray
 from megatron_sod.rollout.recording import Recording
 from megatron_sod.rollout.worker import make_chat
 from megatron_sod.train.checkpoint import Checkpoints, Progress

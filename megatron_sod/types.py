@@ -35,6 +35,9 @@ class Step:
     num_tool_calls: int = 0
 
 
+LOST = ("infra_error", "time_limit")  # finish reasons that leave every statistic and every loss
+
+
 @dataclass(frozen=True)
 class Trajectory:
     """One rollout: token ids as sampled, never re-tokenised."""
@@ -48,15 +51,17 @@ class Trajectory:
     rollout_logprobs: list[float]  # [S] engine logprob after temperature, 0.0 where mask is False
     policy_versions: list[int]  # [S] version of the engine's weights, -1 where mask is False
     steps: tuple[Step, ...]
-    finish_reason: str  # answer | max_turns | max_length | infra_error
+    # answer | max_turns | max_length | time_limit | infra_error; interrupted: to be continued
+    finish_reason: str
     reward: float  # 1.0 right, 0.0 wrong; NaN when not graded
     policy_version: int  # the newest version that wrote a token
     score: float = float("nan")  # as graded, in [0, 1]; `reward` may be shaped from it
 
     @property
     def is_valid(self) -> bool:
-        """False for trajectories that infrastructure failures spoilt: they teach nothing."""
-        return self.finish_reason != "infra_error" and any(self.loss_mask)
+        """False for trajectories that infrastructure spoilt, or cut by the clock, which measures
+        the machine and not the student: they teach nothing."""
+        return self.finish_reason not in LOST and any(self.loss_mask)
 
     @property
     def is_mixed_version(self) -> bool:

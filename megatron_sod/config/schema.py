@@ -171,6 +171,18 @@ class RolloutConfig(Section):
     max_observation_length: int = Field(512, gt=0, description="tokens kept of each tool result")
     max_staleness: Literal[0] = Field(0, description="iterations a rollout may lag behind")
     timeout_s: float = Field(1800, gt=0, description="one rollout phase at most")
+    trajectory_timeout_s: float | None = Field(
+        None, gt=0, description="one trajectory at most; what is cut so teaches nothing"
+    )
+    num_workers: int = Field(
+        1, gt=0, description="processes that run agent loops, each with a sandbox of its own"
+    )
+    max_in_flight: int | None = Field(
+        None, gt=0, description="trajectories at a time; null: twice what the engines decode"
+    )
+    max_restarts: int = Field(
+        3, ge=0, description="engine and worker processes replaced per rollout; one more: stop"
+    )
     record: bool = Field(False, description="keep every trajectory in RUN/rollouts")
     replay: str | None = Field(
         None, description="train on the rollouts of this folder; starts no engine and no sandbox"

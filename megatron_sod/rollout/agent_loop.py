@@ -5,6 +5,7 @@ Token in, token out: sampled ids are kept as they are, only observation ids are 
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import math
 from collections.abc import Awaitable, Callable
@@ -18,6 +19,7 @@ from megatron_sod.rollout.tools import Observation, Tool
 from megatron_sod.rollout.trajectory_builder import TrajectoryBuilder
 from megatron_sod.types import Prompt, Trajectory
 
+UNGRADED = ("infra_error", "time_limit", "interrupted")
 NOT_EXECUTED = "Error: not executed, one call per turn is allowed; call again"
 
 
@@ -39,6 +41,7 @@ class SampledTurn:
     token_ids: list[int]  # with the stop token when one was sampled
     logprobs: list[float]  # after temperature, of each sampled token
     policy_versions: list[int]  # of the weights that sampled each token; never falls
+    is_interrupted: bool = False  # told to stop before its end
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ class Limits:
     max_response_length: int  # tokens, observations included
     max_observation_length: int  # tokens kept of each tool result
     max_tool_calls_per_turn: int
+    timeout_s: float | None = None  # wall time of one trajectory
 
 
 Generate = Callable[[list[int], Sampling], Awaitable[SampledTurn]]
@@ -58,20 +62,44 @@ Grade = Callable[[Prompt, str], Awaitable[float]]
 class AgentLoop:
     """Runs trajectories; holds nothing between them."""
 
-    def __init__(self, chat: ChatFormat, generate: Generate, tool: Tool, grade: Grade, limits):
+    def __init__(
+        self,
+        chat: ChatFormat,
+        generate: Generate,
+        tool: Tool,
+        grade: Grade,
+        limits: Limits,
+        is_stopping: Callable[[], bool] = lambda: False,
+    ):
+        """`is_stopping`: asked before each turn; True leaves the trajectory "interrupted"."""
         self._chat, self._generate, self._tool, self._grade = chat, generate, tool, grade
-        self._limits: Limits = limits
+        self._limits, self._is_stopping = limits, is_stopping
         self._parser = ToolCallParser(chat.tokenizer)
 
     async def run(
-        self, prompt: Prompt, trajectory_id: str, *, temperature: float, top_p: float, seed: int
+        self,
+        prompt: Prompt,
+        trajectory_id: str,
+        *,
+        temperature: float,
+        top_p: float,
+        seed: int,
+        begun: Trajectory | None = None,
     ) -> Trajectory:
-        """One trajectory from the prompt to its end, graded on the student's final turn."""
+        """One trajectory from the prompt, or from where `begun` was interrupted, to its end;
+        graded on the student's final turn."""
         builder = TrajectoryBuilder(prompt, trajectory_id)
-        while True:
-            reason = await self._turn(builder, temperature, top_p, seed)
-            if reason is not None:
-                break
+        if begun is not None:
+            builder = TrajectoryBuilder.resumed(prompt, begun)
+        try:
+            async with asyncio.timeout(self._limits.timeout_s) as time_limit:
+                reason = None
+                while reason is None:
+                    reason = await self._turn(builder, temperature, top_p, seed)
+        except TimeoutError:
+            if not time_limit.expired():
+                raise
+            reason = "time_limit"
         score = 0.0
         if reason == "answer":
             try:
@@ -79,7 +107,7 @@ class AgentLoop:
             except GraderUnavailable as error:
                 say(f"trajectory {trajectory_id} cannot be graded: {error}")
                 reason = "infra_error"
-        return builder.finish(reason, float("nan") if reason == "infra_error" else score)
+        return builder.finish(reason, float("nan") if reason in UNGRADED else score)
 
     async def _graded(self, prompt: Prompt, builder: TrajectoryBuilder) -> float:
         final_turn = builder.last_turn[:-1]  # without the token that ended it
@@ -93,22 +121,28 @@ class AgentLoop:
 
     async def _turn(self, builder, temperature: float, top_p: float, seed: int) -> str | None:
         """One turn and its tools; the finish reason when the trajectory ends here."""
+        if self._is_stopping():
+            return "interrupted"
         limits = self._limits
         room = limits.max_response_length - len(builder.response)
         if room <= 0:
             return "max_length"
-        turn_seed = _seed(seed, builder.trajectory_id, builder.num_turns)
         stop = tuple(self._chat.stop_token_ids)
-        turn = await self._generate(
-            builder.token_ids, Sampling(temperature, top_p, room, stop, turn_seed)
+        sampled = await self._generate(
+            builder.token_ids, Sampling(temperature, top_p, room, stop, _seed(seed, builder))
         )
-        builder.add_turn(turn.token_ids, turn.logprobs, turn.policy_versions)
-        if not turn.token_ids or turn.token_ids[-1] not in stop:
+        if sampled.is_interrupted and not sampled.token_ids:
+            return "interrupted"
+        builder.add_turn(sampled.token_ids, sampled.logprobs, sampled.policy_versions)
+        turn = builder.last_turn
+        if sampled.is_interrupted:
+            return "interrupted"
+        if not turn or turn[-1] not in stop:
             return "max_length"  # cut: neither a newline nor an observation may follow
-        calls = self._parser.parse(turn.token_ids)
+        calls = self._parser.parse(turn)
         if not calls:
             return "answer"
-        if turn.token_ids[-1] != self._chat.end_of_turn_id:
+        if turn[-1] != self._chat.end_of_turn_id:
             return "answer"  # the student ended the text instead of its turn
         if builder.num_turns >= limits.max_turns:
             return "max_turns"
@@ -159,6 +193,10 @@ def _worst(observations: list[Observation]) -> str:
     return next((outcome for outcome in outcomes if outcome != "ok"), "ok")
 
 
-def _seed(seed: int, trajectory_id: str, turn: int) -> int:
-    digest = hashlib.sha256(f"{seed}/{trajectory_id}/{turn}".encode()).digest()
+def _seed(seed: int, builder: TrajectoryBuilder) -> int:
+    """A function of run, trajectory, turn and, in a turn that is continued, its length so far."""
+    place = f"{builder.trajectory_id}/{builder.num_turns}"
+    if builder.is_turn_open:
+        place = f"{builder.trajectory_id}/{builder.num_turns - 1}+{len(builder.last_turn)}"
+    digest = hashlib.sha256(f"{seed}/{place}".encode()).digest()
     return int.from_bytes(digest[:4], "little")

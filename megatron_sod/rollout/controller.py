@@ -1,30 +1,32 @@
-"""The driver's side of rollouts, on rank 0: starts Ray, engines and workers, talks to them."""
+"""The driver's side of rollouts, on rank 0: hands groups to workers and keeps the accounts."""
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import os
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import ray
 
-from megatron_sod.config.schema import EngineConfig, ModelConfig, SodConfig
+from megatron_sod.config.schema import ModelConfig, SodConfig
 from megatron_sod.errors import RolloutError
 from megatron_sod.observe.progress import say
 from megatron_sod.reshard.sync import EngineControl
-from megatron_sod.rollout.engine import Engine, engine_environment
-from megatron_sod.rollout.worker import RolloutWorker
+from megatron_sod.rollout.engine import EngineWeights
+from megatron_sod.rollout.fleet import Fleet
+from megatron_sod.rollout.groups import GroupBoard, GroupRequest, RolloutResult
+from megatron_sod.rollout.ray_instance import ActorLost, get, start_ray
+from megatron_sod.rollout.worker import GroupSampling
 from megatron_sod.types import Prompt, Trajectory
 
 _TRANSFER_TIMEOUT_S = 300
-_ENGINE_CALLS_AT_ONCE = 4096
+_CONTROL_TIMEOUT_S = 60
+_DEATH_NOTICE_S = 5.0  # a call may fail a moment before the death is known
 
 
 class RolloutController:
-    """Engines and a rollout worker for one model."""
+    """Rollouts with one model. One rollout, evaluation or weight transfer at a time."""
 
     def __init__(self, config: SodConfig, model: ModelConfig, *, load_weights: bool):
         """Begins to start everything and returns; `wait_until_ready` blocks.
@@ -35,34 +37,15 @@ class RolloutController:
         """
         start_ray()
         self._config = config
-        options = _engine_options(config, model, load_weights)
-        remote_engine = ray.remote(  # type: ignore[call-overload]
-            num_cpus=0,
-            max_concurrency=_ENGINE_CALLS_AT_ONCE,
-            runtime_env=_engine_runtime(config.rollout.engine),
-        )(Engine)
-        remote_worker = ray.remote(  # type: ignore[call-overload]
-            num_cpus=0, max_concurrency=8
-        )(RolloutWorker)
-        self.engines = [
-            remote_engine.remote(options) for _ in range(config.rollout.engine.num_engines)
-        ]
-        self._worker = remote_worker.remote(config, self.engines)
+        self.fleet = Fleet(config, model, load_weights=load_weights)
+        rollout = config.rollout
+        self._max_in_flight = rollout.max_in_flight or (
+            2 * rollout.engine.max_num_seqs * rollout.engine.num_engines
+        )
 
     def wait_until_ready(self, what: str) -> None:
-        """Block until engines and worker answer.
-
-        Raises:
-            RolloutError: one failed to start, or not within rollout.engine.start_timeout_s.
-        """
-        started = time.monotonic()
-        pending = [engine.ready.remote() for engine in self.engines]
-        level = self._worker.sandbox_level.remote()
-        self._get([*pending, level], self._config.rollout.engine.start_timeout_s, f"{what} start")
-        say(
-            f"{what}: {len(self.engines)} engine(s) ready after {time.monotonic() - started:.0f} s,"
-            f" sandbox level {ray.get(level)}"
-        )
+        """As Fleet.wait_until_ready."""
+        self.fleet.wait_until_ready(what)
 
     def rollout(
         self,
@@ -74,126 +57,130 @@ class RolloutController:
         top_p: float,
     ) -> list[Trajectory]:
         """`num_generations` graded trajectories of each prompt, in prompt order."""
-        result = self._worker.rollout.remote(
-            prompts,
-            tag=tag,
-            num_generations=num_generations,
-            temperature=temperature,
-            top_p=top_p,
-            seed=self._config.seed,
-        )
-        return self._get(result, self._config.rollout.timeout_s, f"rollout {tag}")
+        groups = [GroupRequest(prompt, tag, num_generations) for prompt in prompts]
+        sampling = GroupSampling(temperature, top_p, self._config.seed)
+        return self.run(groups, sampling, what=f"rollout {tag}").trajectories
+
+    def run(
+        self,
+        groups: Sequence[GroupRequest],
+        sampling: GroupSampling,
+        *,
+        what: str,
+        num_needed: int | None = None,
+    ) -> RolloutResult:
+        """Run groups until all, or `num_needed` of them, are complete.
+
+        Raises:
+            RolloutError: not within rollout.timeout_s; more than rollout.max_restarts processes
+                died; a worker failed.
+        """
+        started = time.monotonic()
+        deadline = started + self._config.rollout.timeout_s
+        board = GroupBoard(groups, max_in_flight=self._max_in_flight, num_needed=num_needed)
+        self.fleet.begin_rollout()
+        running: dict[Any, tuple[int, Any]] = {}
+        is_stopping = False
+        while True:
+            while (index := board.start_next()) is not None:
+                worker = self._idlest_worker(running)
+                running[worker.run_group.remote(board.group(index), sampling)] = (index, worker)
+            if not running:
+                break
+            if board.is_enough and not is_stopping:
+                is_stopping = True
+                self._set_stopping(True)
+            self._wait(running, board, deadline, what)
+        if is_stopping:
+            self._set_stopping(False)
+        board.counts += self.fleet.counts
+        _tell(what, board)
+        result = board.result()
+        return replace(result, wall_s=time.monotonic() - started)
+
+    def _wait(
+        self, running: dict[Any, tuple[int, Any]], board: GroupBoard, deadline: float, what: str
+    ) -> None:
+        """Until something happens, which is then dealt with."""
+        left_s = max(0.0, deadline - time.monotonic())
+        ready, _ = ray.wait([*running, *self.fleet.events], num_returns=1, timeout=left_s)
+        if not ready:
+            raise RolloutError(
+                f"{what}: {board.num_running} groups unfinished after rollout.timeout_s "
+                f"{self._config.rollout.timeout_s:.0f} s; raise it, lower max_response_length, or "
+                "set rollout.trajectory_timeout_s so that single trajectories cannot hold it up"
+            )
+        event = ready[0]
+        if event not in running:
+            self.fleet.handle(event)
+            return
+        index, worker = running.pop(event)
+        try:
+            board.finish(index, get(event, _CONTROL_TIMEOUT_S, what))
+        except ActorLost:
+            board.requeue(index)
+            self.fleet.worker_failed(worker)
+
+    def _idlest_worker(self, running: dict[Any, tuple[int, Any]]) -> Any:
+        busy = [worker for _, worker in running.values()]
+        return min(self.fleet.workers, key=lambda w: sum(b is w for b in busy))
+
+    def _set_stopping(self, is_stopping: bool) -> None:
+        """Let trajectories stop at their next token, or again run to their end."""
+        calls = [w.set_stopping.remote(is_stopping) for w in self.fleet.workers]
+        ray.wait(calls, num_returns=len(calls), timeout=_CONTROL_TIMEOUT_S)
+        calls = [e.set_interrupting.remote(is_stopping) for e in self.fleet.engines]
+        ray.wait(calls, num_returns=len(calls), timeout=_CONTROL_TIMEOUT_S)
 
     def engine_control(self) -> EngineControl:
-        """What a weight transfer asks of the engines."""
+        """What a weight transfer asks of the engines. Each call reaches every engine; one that
+        died is replaced first."""
 
         def connect(info: dict) -> None:
-            calls = [engine.connect_weights.remote(info) for engine in self.engines]
-            self._get(calls, _TRANSFER_TIMEOUT_S, "weight transfer set-up")
+            self._ask("weight transfer set-up", lambda e: e.connect_weights.remote(info))
+            self.fleet.weights = EngineWeights(info)
 
         def update(info: dict, version: int) -> None:
-            calls = [engine.update_weights.remote(info, version) for engine in self.engines]
-            self._get(calls, _TRANSFER_TIMEOUT_S, f"weight transfer {version}")
+            assert self.fleet.weights is not None, "connect before update"
+            connect_info = self.fleet.weights.connect_info
+            # An engine started from now on reads the new weights.
+            self.fleet.weights = EngineWeights(connect_info, info, version)
+            self._ask(
+                f"weight transfer {version}", lambda e: e.update_weights.remote(info, version)
+            )
 
         def score(canaries: list[list[int]]) -> list[list[list[float]]]:
-            calls = [[engine.score.remote(ids) for ids in canaries] for engine in self.engines]
-            return [self._get(row, _TRANSFER_TIMEOUT_S, "canary scoring") for row in calls]
+            rows = [
+                self._ask("canary scoring", lambda e, ids=ids: e.score.remote(ids))
+                for ids in canaries
+            ]
+            by_engine = [list(engine) for engine in zip(*rows, strict=True)]
+            assert self.fleet.weights is not None, "update before scoring"
+            self.fleet.weights = replace(
+                self.fleet.weights, canaries=canaries, canary_logprobs=by_engine[0]
+            )
+            return by_engine
 
         return EngineControl(connect, update, score)
 
+    def _ask(self, what: str, call) -> list[Any]:
+        """The answers of all engines; asked again when one died meanwhile."""
+        self.fleet.begin_rollout()
+        while True:
+            try:
+                return get([call(e) for e in self.fleet.engines], _TRANSFER_TIMEOUT_S, what)
+            except RolloutError:
+                if not self.fleet.heal(_DEATH_NOTICE_S):
+                    raise
+
     def close(self) -> None:
-        """End engines, worker and their processes."""
-        with contextlib.suppress(ray.exceptions.RayError):
-            ray.get(self._worker.close.remote(), timeout=10)
-        for engine in self.engines:
-            with contextlib.suppress(ray.exceptions.RayError):
-                ray.get(engine.close.remote(), timeout=20)
-        for actor in (self._worker, *self.engines):
-            ray.kill(actor)
-
-    def _get(self, references: Any, timeout_s: float, what: str) -> Any:
-        try:
-            return ray.get(references, timeout=timeout_s)
-        except ray.exceptions.GetTimeoutError as error:
-            raise RolloutError(
-                f"{what}: no answer within {timeout_s:.0f} s; see the engines' logs under "
-                f"{_log_folder()}, or raise the timeout in `rollout`"
-            ) from error
-        except ray.exceptions.RayTaskError as error:
-            raise RolloutError(f"{what} failed in a worker: {error.cause!r}") from error
-        except ray.exceptions.RayError as error:
-            raise RolloutError(
-                f"{what}: a worker process died ({error}); see its log under {_log_folder()}"
-            ) from error
+        """End engines, workers and their processes."""
+        self.fleet.close()
 
 
-def start_ray() -> None:
-    """Join RAY_ADDRESS when it is set, else start a local instance; a second call does nothing."""
-    if ray.is_initialized():
-        return
-    # Ray lowers its workers' priority by default; engines would starve beside anything else.
-    os.environ.setdefault("RAY_worker_niceness", "0")
-    with _without_torchrun_variables():
-        ray.init(
-            address=os.environ.get("RAY_ADDRESS"),
-            include_dashboard=False if "RAY_ADDRESS" not in os.environ else None,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            namespace="megatron_sod",
-        )
-
-
-def stop_ray() -> None:
-    """Leave Ray; a local instance ends with all its processes."""
-    if ray.is_initialized():
-        ray.shutdown()
-
-
-@contextlib.contextmanager
-def _without_torchrun_variables() -> Iterator[None]:
-    """Ray's processes inherit this environment, and vLLM would take RANK and MASTER_ADDR for its
-    own."""
-    names = [
-        n
-        for n in os.environ
-        if n in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK")
-        or n.startswith(("MASTER_", "TORCHELASTIC_", "ROLE_", "GROUP_"))
-    ]
-    held = {name: os.environ.pop(name) for name in names}
-    try:
-        yield
-    finally:
-        os.environ.update(held)
-
-
-def _engine_runtime(engine: EngineConfig) -> dict[str, Any]:
-    """Ray's runtime environment of an engine: vLLM may live beside another torch than ours."""
-    runtime: dict[str, Any] = {"env_vars": engine_environment(engine.kv_cache_gb)}
-    python = engine.py_executable or os.environ.get("SOD_ENGINE_PYTHON")
-    if python:
-        if not os.access(python, os.X_OK):
-            raise RolloutError(
-                f"rollout.engine.py_executable {python!r} is not an executable Python; give the "
-                "bin/python of the environment vLLM is installed in, or unset SOD_ENGINE_PYTHON"
-            )
-        runtime["py_executable"] = python
-    return runtime
-
-
-def _engine_options(config: SodConfig, model: ModelConfig, load_weights: bool) -> dict[str, Any]:
-    rollout, engine = config.rollout, config.rollout.engine
-    return {
-        "model": os.path.abspath(model.path),
-        "dtype": model.dtype if engine.dtype == "auto" else engine.dtype,
-        "max_model_len": rollout.max_prompt_length + rollout.max_response_length,
-        "max_num_seqs": engine.max_num_seqs,
-        "tensor_parallel_size": engine.tensor_parallel_size,
-        "gpu_memory_utilization": engine.gpu_memory_utilization,
-        "load_format": "auto" if load_weights else "dummy",
-        "seed": config.seed,
-    }
-
-
-def _log_folder() -> str:
-    node = ray._private.worker._global_node
-    return f"{node.get_session_dir_path()}/logs" if node else "the Ray session directory"
+def _tell(what: str, board: GroupBoard) -> None:
+    """What went wrong on the way, for the log."""
+    for note in dict.fromkeys(board.notes):
+        say(f"{what}: {note}")
+    if board.counts:
+        say(f"{what}: " + ", ".join(f"{name} {n}" for name, n in sorted(board.counts.items())))

@@ -6,11 +6,26 @@ interface (megatron_sod/reshard).
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import os
+from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_sod.rollout.agent_loop import SampledTurn, Sampling
+
+_HEALTH_INTERVAL_S = 1.0
+
+
+@dataclass(frozen=True)
+class EngineWeights:
+    """What a new engine needs to hold the weights that the others hold."""
+
+    connect_info: dict[str, Any]
+    update_info: dict[str, Any] | None = None  # None: connected, nothing received yet
+    policy_version: int = -1
+    canaries: list[list[int]] = field(default_factory=list)
+    canary_logprobs: list[list[float]] = field(default_factory=list)  # of an engine that passed
 
 
 def engine_environment(kv_cache_gb: float) -> dict[str, str]:
@@ -65,7 +80,8 @@ class Engine:
         )
         self._llm = AsyncLLM.from_engine_args(arguments)
         self._requests = itertools.count()
-        self._policy_version = -1
+        self._interruptible: set[str] = set()
+        self._is_interrupting = False
 
     async def ready(self) -> bool:
         await self._llm.check_health()
@@ -86,25 +102,55 @@ class Engine:
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        output = (await self._final(token_ids, params)).outputs[0]
+        if self._is_interrupting:
+            return SampledTurn([], [], [], is_interrupted=True)
+        request_id = str(next(self._requests))
+        self._interruptible.add(request_id)
+        try:
+            output = (await self._final(token_ids, params, request_id)).outputs[0]
+        finally:
+            self._interruptible.discard(request_id)
         sampled = list(output.token_ids)
         logprobs = [
             entry[token].logprob for entry, token in zip(output.logprobs, sampled, strict=True)
         ]
-        return SampledTurn(sampled, logprobs, _policy_versions(output.weight_versions, sampled))
+        versions = _policy_versions(output.weight_versions, sampled)
+        return SampledTurn(sampled, logprobs, versions, output.finish_reason == "abort")
+
+    async def set_interrupting(self, is_interrupting: bool) -> None:
+        """True: end every turn being sampled and refuse new ones; what there is of a turn is
+        returned, marked as interrupted. False: serve again."""
+        self._is_interrupting = is_interrupting
+        if is_interrupting:
+            await self._llm.abort(list(self._interruptible))
+
+    async def lifeline(self) -> None:
+        """Never returns while the engine lives; raises when vLLM's core has died."""
+        while True:
+            await self._llm.check_health()
+            await asyncio.sleep(_HEALTH_INTERVAL_S)
+
+    async def join(self, weights: EngineWeights | None) -> list[list[float]]:
+        """Get the weights the other engines hold; logprobs of the canaries that prove it."""
+        await self.ready()
+        if weights is None:
+            return []
+        await self.connect_weights(weights.connect_info)
+        if weights.update_info is not None:
+            await self.update_weights(weights.update_info, weights.policy_version)
+        return [await self.score(ids) for ids in weights.canaries]
 
     async def score(self, token_ids: list[int]) -> list[float]:
         """Logprob of each token but the first, given those before it."""
         from vllm import SamplingParams
 
         params = SamplingParams(temperature=1.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
-        output = await self._final(token_ids, params)
+        output = await self._final(token_ids, params, str(next(self._requests)))
         entries = output.prompt_logprobs[1:]
         return [entry[token].logprob for entry, token in zip(entries, token_ids[1:], strict=True)]
 
-    async def _final(self, token_ids: list[int], params):
+    async def _final(self, token_ids: list[int], params, request_id: str):
         final = None
-        request_id = str(next(self._requests))
         async for output in self._llm.generate({"prompt_token_ids": token_ids}, params, request_id):
             final = output
         return final
@@ -124,7 +170,6 @@ class Engine:
         await self._llm.update_weights(WeightTransferUpdateRequest(update_info))
         await self._llm.finish_weight_update(weight_version=str(policy_version))
         await self._llm.reset_prefix_cache()
-        self._policy_version = policy_version
         await self._llm.resume_generation()
 
     async def close(self) -> None:

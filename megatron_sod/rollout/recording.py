@@ -59,7 +59,7 @@ def write_trajectories(path: Path, trajectories: list[Trajectory]) -> None:
     import pyarrow.parquet
 
     partial = path.with_name(path.name + ".partial")
-    table = pyarrow.Table.from_pylist([asdict(t) for t in trajectories], _schema())
+    table = pyarrow.Table.from_pylist([asdict(t) for t in trajectories], schema())
     pyarrow.parquet.write_table(table, partial, compression="zstd")
     partial.rename(path)
 
@@ -74,7 +74,7 @@ def read_trajectories(path: Path) -> list[Trajectory]:
     import pyarrow.parquet
 
     try:
-        rows = pyarrow.parquet.read_table(path, schema=_schema()).to_pylist()
+        rows = pyarrow.parquet.read_table(path, schema=schema()).to_pylist()
         return [
             Trajectory(**{**row, "steps": tuple(Step(**step) for step in row["steps"])})
             for row in rows
@@ -83,7 +83,8 @@ def read_trajectories(path: Path) -> list[Trajectory]:
         raise DataError(f"{path}: not a table of recorded trajectories ({error})") from error
 
 
-def _schema():
+def schema():
+    """Arrow types of the table's columns: the fields of Trajectory."""
     import pyarrow as pa
 
     step = pa.struct(
@@ -108,5 +109,6 @@ def _schema():
             ("finish_reason", pa.string()),
             ("reward", pa.float64()),
             ("policy_version", pa.int32()),
+            ("score", pa.float64()),
         ]
     )

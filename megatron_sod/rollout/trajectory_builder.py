@@ -18,6 +18,21 @@ class TrajectoryBuilder:
         self._versions: list[int] = []
         self._steps: list[Step] = []
         self.last_turn: list[int] = []
+        self.is_turn_open = False  # the latest turn was interrupted: what comes next belongs to it
+
+    @classmethod
+    def resumed(cls, prompt: Prompt, begun: Trajectory) -> TrajectoryBuilder:
+        """The state an interrupted trajectory was left in."""
+        builder = cls(prompt, begun.trajectory_id)
+        builder.response = list(begun.response_token_ids)
+        builder._mask, builder._step_ids = list(begun.loss_mask), list(begun.step_ids)
+        builder._logprobs = list(begun.rollout_logprobs)
+        builder._versions, builder._steps = list(begun.policy_versions), list(begun.steps)
+        if begun.steps:
+            start = begun.step_ids.index(begun.steps[-1].step_id)
+            builder.last_turn = builder.response[start : start + begun.steps[-1].num_tokens]
+        builder.is_turn_open = bool(begun.loss_mask) and begun.loss_mask[-1]
+        return builder
 
     @property
     def token_ids(self) -> list[int]:
@@ -31,8 +46,9 @@ class TrajectoryBuilder:
     def add_turn(
         self, token_ids: list[int], logprobs: list[float], policy_versions: list[int]
     ) -> None:
-        """Tokens the student sampled, and the weights' version at each: the next step."""
-        step = self.num_turns + 1
+        """Tokens the student sampled, and the weights' version at each: the next step, or the rest
+        of one that was interrupted."""
+        step = self.num_turns + (not self.is_turn_open)
         count = len(token_ids)
         assert len(logprobs) == len(policy_versions) == count, (
             f"{self.trajectory_id}: {len(logprobs)} logprobs and {len(policy_versions)} versions "
@@ -43,8 +59,10 @@ class TrajectoryBuilder:
         self._step_ids += [step] * count
         self._logprobs += logprobs
         self._versions += policy_versions
-        self._steps.append(Step(step, "none", count))
-        self.last_turn = token_ids
+        before = self.last_turn if self.is_turn_open else []
+        self.last_turn = before + token_ids
+        self._steps[step - 1 :] = [Step(step, "none", len(self.last_turn))]
+        self.is_turn_open = False
 
     def set_outcome(self, outcome: str, num_tool_calls: int) -> None:
         """What the tool calls of the latest step gave."""

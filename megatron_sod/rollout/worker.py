@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
-from typing import Any
+from dataclasses import dataclass
 
 from megatron_sod.config.schema import SodConfig
 from megatron_sod.data.chat import ChatFormat
 from megatron_sod.data.sources import tool_schemas
 from megatron_sod.data.tokenizer import load_tokenizer
-from megatron_sod.rollout.agent_loop import AgentLoop, Limits, SampledTurn, Sampling
+from megatron_sod.rollout.agent_loop import AgentLoop, Limits
+from megatron_sod.rollout.engine_pool import EnginePool, RemoteEngine
+from megatron_sod.rollout.groups import GroupRequest, GroupResult
+from megatron_sod.rollout.incidents import Incidents
 from megatron_sod.rollout.rewards import make_grader
 from megatron_sod.rollout.tools import CodeInterpreter, FlakyTool, Tool
 from megatron_sod.sandbox import open_sandbox
 from megatron_sod.types import Prompt, Trajectory
+
+_FUSION_CALLS_PER_ADDRESS = 32
+
+
+@dataclass(frozen=True)
+class GroupSampling:
+    """How the trajectories of a group are sampled."""
+
+    temperature: float
+    top_p: float
+    seed: int
 
 
 def make_chat(config: SodConfig, model_dir: str) -> ChatFormat:
@@ -28,17 +41,20 @@ def make_chat(config: SodConfig, model_dir: str) -> ChatFormat:
 class RolloutWorker:
     """Runs groups of trajectories concurrently on one event loop."""
 
-    def __init__(self, config: SodConfig, engines: list[Any]):
-        """`engines`: handles of Engine actors; requests of one trajectory stay on one engine."""
-        self._config, self._engines = config, engines
+    def __init__(self, config: SodConfig, engines: list[RemoteEngine], number: int = 0):
+        self._config = config
         self._chat = make_chat(config, config.student.path)
+        self._incidents = Incidents()
+        self._engines = EnginePool(engines, self._incidents, first=number)
         sandbox = config.sandbox
         self._sandbox = _open(sandbox)
-        concurrency = sandbox.max_concurrency or 4
         self._interpreter = CodeInterpreter(
             self._sandbox,
             max_infra_retries=sandbox.max_infra_retries,
-            max_concurrency=concurrency,
+            max_concurrency=_concurrency(sandbox, self._sandbox),
+            # Both kinds end a call themselves, at the latest after 2 x timeout_s + 120 s a try.
+            hang_timeout_s=(sandbox.max_infra_retries + 1) * (2 * sandbox.timeout_s + 150),
+            incidents=self._incidents,
         )
         self._tool: Tool = self._interpreter
         if sandbox.failure_rate > 0:
@@ -52,40 +68,52 @@ class RolloutWorker:
             rollout.max_response_length,
             rollout.max_observation_length,
             rollout.max_tool_calls_per_turn,
+            rollout.trajectory_timeout_s,
         )
-        self._next_engine = itertools.cycle(range(len(engines)))
+        self._is_stopping = False
 
-    def sandbox_level(self) -> str:
+    async def ready(self) -> str:
+        """The sandbox's isolation level."""
         return getattr(self._sandbox, "level", "service")
 
-    async def rollout(
-        self,
-        prompts: list[Prompt],
-        *,
-        tag: str,
-        num_generations: int,
-        temperature: float,
-        top_p: float,
-        seed: int,
-    ) -> list[Trajectory]:
-        """`num_generations` trajectories of each prompt, in order; `tag` makes their ids unique."""
-        runs = [
-            self._one(prompt, f"{prompt.prompt_id}/{tag}/{sample}", temperature, top_p, seed)
-            for prompt in prompts
-            for sample in range(num_generations)
-        ]
-        return list(await asyncio.gather(*runs))
+    async def lifeline(self) -> None:
+        """Never returns while this process lives."""
+        await asyncio.Event().wait()
 
-    async def _one(self, prompt, trajectory_id, temperature, top_p, seed) -> Trajectory:
-        engine = self._engines[next(self._next_engine)]
+    async def replace_engine(self, index: int, engine: RemoteEngine) -> None:
+        self._engines.replace(index, engine)
 
-        async def generate(token_ids: list[int], sampling: Sampling) -> SampledTurn:
-            return await engine.generate.remote(token_ids, sampling)
+    async def set_stopping(self, is_stopping: bool) -> None:
+        """True: trajectories stop before their next turn and are returned as "interrupted"."""
+        self._is_stopping = is_stopping
 
-        loop = AgentLoop(self._chat, generate, self._tool, self._grade, self._limits)
-        return await loop.run(
-            prompt, trajectory_id, temperature=temperature, top_p=top_p, seed=seed
-        )
+    async def run_group(self, group: GroupRequest, sampling: GroupSampling) -> GroupResult:
+        """All trajectories of a group, finished, unless told to stop."""
+        runs = [self._one(group, sample, sampling) for sample in range(group.num_generations)]
+        trajectories = list(await asyncio.gather(*runs))
+        return GroupResult(trajectories, *self._incidents.take())
+
+    async def _one(self, group: GroupRequest, sample: int, sampling: GroupSampling) -> Trajectory:
+        begun = group.begun[sample] if group.begun else None
+        if begun is not None and begun.finish_reason != "interrupted":
+            return begun
+        with self._engines.lease() as engine:
+            loop = AgentLoop(
+                self._chat,
+                engine.generate,
+                self._tool,
+                self._grade,
+                self._limits,
+                is_stopping=lambda: self._is_stopping,
+            )
+            return await loop.run(
+                group.prompt,
+                group.trajectory_id(sample),
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                seed=sampling.seed,
+                begun=begun,
+            )
 
     async def _grade(self, prompt: Prompt, text: str) -> float:
         return float(await asyncio.to_thread(self._grader, prompt, text))
@@ -93,6 +121,13 @@ class RolloutWorker:
     async def close(self) -> None:
         self._interpreter.close()
         self._sandbox.close()
+
+
+def _concurrency(config, sandbox) -> int:
+    """Tool calls at a time."""
+    if config.kind == "sandbox_fusion":
+        return config.max_concurrency or _FUSION_CALLS_PER_ADDRESS * len(config.url)
+    return sandbox.max_concurrency
 
 
 def _open(sandbox, *, timeout_s: float | None = None):

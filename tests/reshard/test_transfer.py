@@ -46,7 +46,7 @@ def _transfers(student_path: str) -> dict:
     from megatron_sod.parallel import state
     from megatron_sod.reshard.canary import canary_sequences, trainer_logprobs
     from megatron_sod.reshard.sync import WeightSync
-    from megatron_sod.rollout.controller import stop_ray
+    from megatron_sod.rollout.ray_instance import stop_ray
     from megatron_sod.train.trainable import Trainable
 
     parallel = ParallelConfig(tensor_model_parallel_size=2)
@@ -108,8 +108,8 @@ def _engine_control(student_path: str):
     import ray
 
     from megatron_sod.reshard.sync import EngineControl
-    from megatron_sod.rollout.controller import start_ray
     from megatron_sod.rollout.engine import Engine, engine_environment
+    from megatron_sod.rollout.ray_instance import start_ray
 
     start_ray()
     options = {

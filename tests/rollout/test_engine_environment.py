@@ -15,25 +15,27 @@ import pytest
 from megatron_sod.config.schema import EngineConfig
 from megatron_sod.data.tiny_models import STUDENT, write_tiny_model
 from megatron_sod.errors import RolloutError
-from megatron_sod.rollout.controller import RolloutController, _engine_runtime, stop_ray
+from megatron_sod.rollout.controller import RolloutController
+from megatron_sod.rollout.fleet import engine_runtime
+from megatron_sod.rollout.ray_instance import stop_ray
 from tests.helpers.tiny import sod_config
 
 
 def test_without_a_setting_engines_share_the_trainers_python(monkeypatch):
     monkeypatch.delenv("SOD_ENGINE_PYTHON", raising=False)
-    assert "py_executable" not in _engine_runtime(EngineConfig())
+    assert "py_executable" not in engine_runtime(EngineConfig())
 
 
 def test_the_setting_wins_over_the_variable(monkeypatch):
     monkeypatch.setenv("SOD_ENGINE_PYTHON", "/nowhere/python")
-    chosen = _engine_runtime(EngineConfig(py_executable=sys.executable))
+    chosen = engine_runtime(EngineConfig(py_executable=sys.executable))
     assert chosen["py_executable"] == sys.executable
 
 
 def test_a_python_that_is_not_there_is_named(monkeypatch):
     monkeypatch.setenv("SOD_ENGINE_PYTHON", "/nowhere/python")
     with pytest.raises(RolloutError, match="/nowhere/python"):
-        _engine_runtime(EngineConfig())
+        engine_runtime(EngineConfig())
 
 
 @pytest.mark.slow
@@ -58,7 +60,7 @@ def test_an_engine_serves_from_another_environment(tmp_path):
     controller = RolloutController(config, config.student, load_weights=False)
     try:
         controller.wait_until_ready("engines")
-        assert len(ray.get(controller.engines[0].score.remote([5, 6, 7]))) == 2
+        assert len(ray.get(controller.fleet.engines[0].score.remote([5, 6, 7]))) == 2
         running = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
         assert python in running
     finally:

@@ -1,0 +1,246 @@
+"""The actors of one model: engines and rollout workers, each replaced when its process dies."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import time
+from collections import Counter
+from typing import Any
+
+import ray
+
+from megatron_sod.config.schema import EngineConfig, ModelConfig, SodConfig
+from megatron_sod.errors import EngineLost, RolloutError
+from megatron_sod.observe.progress import say
+from megatron_sod.rollout.agent_loop import SampledTurn, Sampling
+from megatron_sod.rollout.engine import Engine, EngineWeights, engine_environment
+from megatron_sod.rollout.ray_instance import get, log_folder
+from megatron_sod.rollout.worker import RolloutWorker
+
+_CALLS_AT_ONCE = 4096
+_UNREACHABLE_PAUSE_S = 1.0
+
+
+class RayEngine:
+    """An Engine actor as a worker sees it."""
+
+    def __init__(self, actor: Any):
+        self._actor = actor
+
+    async def generate(self, token_ids: list[int], sampling: Sampling) -> SampledTurn:
+        """As Engine.generate.
+
+        Raises:
+            EngineLost: the actor's process, or vLLM's core in it, is dead.
+        """
+        while True:
+            call = self._actor.generate.remote(token_ids, sampling)
+            try:
+                return await call
+            except asyncio.CancelledError:
+                ray.cancel(call)  # a trajectory out of time must not keep the engine busy
+                raise
+            except ray.exceptions.ActorUnavailableError:  # the network, not the actor
+                await asyncio.sleep(_UNREACHABLE_PAUSE_S)
+            except ray.exceptions.RayActorError as error:
+                raise EngineLost(str(error).strip().splitlines()[0]) from None
+            except ray.exceptions.RayTaskError as error:
+                if type(error.cause).__name__ == "EngineDeadError":
+                    raise EngineLost(str(error.cause)) from None
+                raise
+
+
+class Fleet:
+    """Starts the actors, watches them, replaces the dead."""
+
+    def __init__(self, config: SodConfig, model: ModelConfig, *, load_weights: bool):
+        self._config, self._model, self._load_weights = config, model, load_weights
+        rollout = config.rollout
+        self.weights: EngineWeights | None = None  # what the engines hold; None: from disk
+        self.counts: Counter[str] = Counter()
+        self._num_restarts = 0
+        self._lifelines: dict[Any, tuple[str, int]] = {}
+        self._joining: dict[Any, int] = {}
+        self.engines = [self._new_engine(i) for i in range(rollout.engine.num_engines)]
+        self.workers = [self._new_worker(i) for i in range(rollout.num_workers)]
+
+    def wait_until_ready(self, what: str) -> None:
+        """Block until every actor answers.
+
+        Raises:
+            RolloutError: one failed to start, or not within rollout.engine.start_timeout_s.
+        """
+        started = time.monotonic()
+        levels = [worker.ready.remote() for worker in self.workers]
+        pending = [engine.ready.remote() for engine in self.engines]
+        timeout_s = self._config.rollout.engine.start_timeout_s
+        get([*pending, *levels], timeout_s, f"{what} start")
+        say(
+            f"{what}: {len(self.engines)} engine(s) ready after {time.monotonic() - started:.0f} s,"
+            f" sandbox level {ray.get(levels[0])}"
+        )
+
+    def begin_rollout(self) -> None:
+        """A new rollout has a new budget of restarts."""
+        self._num_restarts = 0
+        self.counts = Counter()
+
+    @property
+    def events(self) -> list[Any]:
+        """References that become ready when something has to be done; see `handle`."""
+        return [*self._lifelines, *self._joining]
+
+    def handle(self, event: Any) -> None:
+        """An actor died, or the one that replaces it is ready.
+
+        Raises:
+            RolloutError: more died than rollout.max_restarts.
+        """
+        if event in self._joining:
+            self._joined(event)
+        elif event in self._lifelines:
+            kind, index = self._lifelines[event]
+            if kind == "engine":
+                self._replace_engine(index, event)
+            else:
+                self._replace_worker(index, event)
+
+    def worker_failed(self, worker: Any) -> None:
+        """A call to the worker found it dead, maybe before its lifeline did."""
+        for event, (kind, index) in list(self._lifelines.items()):
+            if kind == "worker" and self.workers[index] is worker:
+                self._replace_worker(index, event)
+
+    def heal(self, patience_s: float = 0.0) -> bool:
+        """Replace whatever died and wait until it is ready. Whether there was anything to do."""
+        is_healed = False
+        timeout_s = self._config.rollout.engine.start_timeout_s
+        while True:
+            wait_s = timeout_s if self._joining else patience_s
+            ready, _ = ray.wait(self.events, num_returns=1, timeout=wait_s)
+            if not ready and self._joining:
+                raise RolloutError(
+                    f"an engine that was started again did not get ready within {timeout_s:.0f} s; "
+                    f"see its log under {log_folder()}, or raise rollout.engine.start_timeout_s"
+                )
+            if not ready:
+                return is_healed
+            self.handle(ready[0])
+            is_healed, patience_s = True, 0.0
+
+    def _replace_engine(self, index: int, event: Any) -> None:
+        reason = _reason(event)
+        del self._lifelines[event]
+        self._restarted("engine", index, reason)
+        ray.kill(self.engines[index])
+        self.engines[index] = self._new_engine(index)
+        self._joining[self.engines[index].join.remote(self.weights)] = index
+
+    def _joined(self, event: Any) -> None:
+        index = self._joining.pop(event)
+        try:
+            logprobs = get(event, 0, f"engine {index}, started again,")
+        except RolloutError as error:
+            say(str(error))
+            return  # its lifeline breaks as well, and it is replaced once more
+        self._check_weights(index, logprobs)
+        say(f"engine {index} serves again")
+        for worker in self.workers:
+            worker.replace_engine.remote(index, RayEngine(self.engines[index]))
+
+    def _check_weights(self, index: int, logprobs: list[list[float]]) -> None:
+        expected = self.weights.canary_logprobs if self.weights else []
+        for row, reference in zip(logprobs, expected, strict=True):
+            error = max(abs(a - b) for a, b in zip(row, reference, strict=True))
+            if not error <= self._config.transfer.canary_tolerance:
+                raise RolloutError(
+                    f"engine {index}, started again, differs from the weights the others hold by "
+                    f"{error:.3g} nats on canary prompts, tolerance "
+                    f"{self._config.transfer.canary_tolerance:.3g}; nothing was trained on it"
+                )
+
+    def _replace_worker(self, index: int, event: Any) -> None:
+        reason = _reason(event)
+        del self._lifelines[event]
+        self._restarted("worker", index, reason)
+        ray.kill(self.workers[index])
+        self.workers[index] = self._new_worker(index)
+
+    def _restarted(self, kind: str, index: int, reason: str) -> None:
+        self._num_restarts += 1
+        self.counts[f"{kind}_restarts"] += 1
+        allowed = self._config.rollout.max_restarts
+        if self._num_restarts > allowed:
+            raise RolloutError(
+                f"{kind} {index} died ({reason}), the {self._num_restarts}th process of this "
+                f"rollout to do so; rollout.max_restarts allows {allowed}. Nothing was trained on "
+                f"this iteration. See the logs under {log_folder()}; out of memory is the usual "
+                "reason: lower rollout.engine.kv_cache_gb, gpu_memory_utilization or max_num_seqs"
+            )
+        say(f"{kind} {index} died ({reason}); starting it again")
+
+    def _new_engine(self, index: int) -> Any:
+        actor = ray.remote(  # type: ignore[call-overload]
+            num_cpus=0,
+            max_concurrency=_CALLS_AT_ONCE,
+            runtime_env=engine_runtime(self._config.rollout.engine),
+        )(Engine).remote(_engine_options(self._config, self._model, self._load_weights))
+        self._lifelines[actor.lifeline.remote()] = ("engine", index)
+        return actor
+
+    def _new_worker(self, index: int) -> Any:
+        engines = [RayEngine(engine) for engine in self.engines]
+        actor = ray.remote(  # type: ignore[call-overload]
+            num_cpus=0, max_concurrency=_CALLS_AT_ONCE
+        )(RolloutWorker).remote(self._config, engines, index)
+        self._lifelines[actor.lifeline.remote()] = ("worker", index)
+        return actor
+
+    def close(self) -> None:
+        """End every actor and its processes."""
+        self._lifelines, self._joining = {}, {}
+        for actor, patience_s in [(a, 10) for a in self.workers] + [(a, 20) for a in self.engines]:
+            with contextlib.suppress(ray.exceptions.RayError):
+                ray.get(actor.close.remote(), timeout=patience_s)
+        for actor in (*self.workers, *self.engines):
+            ray.kill(actor)
+
+
+def _reason(event: Any) -> str:
+    try:
+        ray.get(event, timeout=0)
+    except ray.exceptions.RayTaskError as error:
+        return repr(error.cause)
+    except ray.exceptions.RayError as error:
+        return str(error).strip().splitlines()[0]
+    return "it returned"
+
+
+def engine_runtime(engine: EngineConfig) -> dict[str, Any]:
+    """Ray's runtime environment of an engine: vLLM may live beside another torch than ours."""
+    runtime: dict[str, Any] = {"env_vars": engine_environment(engine.kv_cache_gb)}
+    python = engine.py_executable or os.environ.get("SOD_ENGINE_PYTHON")
+    if python:
+        if not os.access(python, os.X_OK):
+            raise RolloutError(
+                f"rollout.engine.py_executable {python!r} is not an executable Python; give the "
+                "bin/python of the environment vLLM is installed in, or unset SOD_ENGINE_PYTHON"
+            )
+        runtime["py_executable"] = python
+    return runtime
+
+
+def _engine_options(config: SodConfig, model: ModelConfig, load_weights: bool) -> dict[str, Any]:
+    rollout, engine = config.rollout, config.rollout.engine
+    return {
+        "model": os.path.abspath(model.path),
+        "dtype": model.dtype if engine.dtype == "auto" else engine.dtype,
+        "max_model_len": rollout.max_prompt_length + rollout.max_response_length,
+        "max_num_seqs": engine.max_num_seqs,
+        "tensor_parallel_size": engine.tensor_parallel_size,
+        "gpu_memory_utilization": engine.gpu_memory_utilization,
+        "load_format": "auto" if load_weights else "dummy",
+        "seed": config.seed,
+    }

@@ -1,0 +1,93 @@
+"""Ray itself: joined or started, left, and what its errors mean to us."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import ray
+
+from megatron_sod.errors import RolloutError
+
+_LOST = (
+    ray.exceptions.RayActorError,
+    ray.exceptions.ObjectLostError,
+    ray.exceptions.OutOfMemoryError,
+    ray.exceptions.NodeDiedError,
+)
+
+
+class ActorLost(RolloutError):
+    """The process a call was made to is gone, and the call's result with it."""
+
+
+def start_ray() -> None:
+    """Join RAY_ADDRESS when it is set, else start a local instance; a second call does nothing."""
+    if ray.is_initialized():
+        return
+    # Ray lowers its workers' priority by default; engines would starve beside anything else.
+    os.environ.setdefault("RAY_worker_niceness", "0")
+    with _without_torchrun_variables():
+        ray.init(
+            address=os.environ.get("RAY_ADDRESS"),
+            include_dashboard=False if "RAY_ADDRESS" not in os.environ else None,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            namespace="megatron_sod",
+        )
+
+
+def stop_ray() -> None:
+    """Leave Ray; a local instance ends with all its processes."""
+    if ray.is_initialized():
+        ray.shutdown()
+
+
+def get(references: Any, timeout_s: float, what: str) -> Any:
+    """Results of calls to actors.
+
+    Raises:
+        ActorLost: an actor died.
+        RolloutError: a call failed, or there was no answer in time.
+    """
+    try:
+        return ray.get(references, timeout=timeout_s)
+    except ray.exceptions.GetTimeoutError as error:
+        raise RolloutError(
+            f"{what}: no answer within {timeout_s:.0f} s; see the engines' logs under "
+            f"{log_folder()}, or raise the timeout in `rollout`"
+        ) from error
+    except ray.exceptions.RayTaskError as error:
+        raise RolloutError(f"{what} failed in a worker: {error.cause!r}") from error
+    except _LOST as error:
+        raise ActorLost(
+            f"{what}: a worker process died ({error}); see its log under {log_folder()}"
+        ) from error
+    except ray.exceptions.RayError as error:
+        raise RolloutError(f"{what}: Ray failed: {error}") from error
+
+
+def log_folder() -> str:
+    """Where the actors' output goes."""
+    node = ray._private.worker._global_node
+    return f"{node.get_session_dir_path()}/logs" if node else "the Ray session directory"
+
+
+@contextlib.contextmanager
+def _without_torchrun_variables() -> Iterator[None]:
+    """Ray's processes inherit this environment, and vLLM would take RANK and MASTER_ADDR for its
+    own."""
+    names = [
+        n
+        for n in os.environ
+        if n in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK")
+        or n.startswith(("MASTER_", "TORCHELASTIC_", "ROLE_", "GROUP_"))
+    ]
+    held = {name: os.environ.pop(name) for name in names}
+    try:
+        yield
+    finally:
+        os.environ.update(held)
