@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sod.data import tiny_world
+from megatron_sod.data.benchmarks import Task, read_task
 from megatron_sod.data.chat import ChatFormat
+from megatron_sod.data.rows import file_rows
 from megatron_sod.errors import DataError
+from megatron_sod.observe.progress import say
 from megatron_sod.types import Prompt
 
 _TINY_WORLD = re.compile(r"tiny_world:(\w+):(\d+)(?::(\d+)-(\d+))?")
@@ -50,8 +53,6 @@ def load_prompts(
             f"rollout.max_prompt_length {max_length} tokens); add rows or raise the limit"
         )
     if num_too_long:
-        from megatron_sod.observe.progress import say
-
         say(f"data: {num_too_long} prompts longer than {max_length} tokens left out")
     return prompts
 
@@ -65,12 +66,39 @@ def load_conversations(sources: list[str], *, seed: int) -> Iterator[list[dict]]
                 raise DataError(f"{source}: conversations come from the train split only")
             yield from tiny_world.conversations(count, seed=seed, num_operations=_operations(match))
             continue
+        num_foreign, foreign = 0, set[str]()
         for row, origin in _rows(source):
             if not _is_chat(row.get("messages")):
                 raise DataError(
                     f"{origin}: no list `messages` of role and content; found keys {sorted(row)}"
                 )
-            yield row["messages"]
+            names = _foreign_tools(row, origin)
+            num_foreign, foreign = num_foreign + bool(names), foreign | names
+            yield [_message(message) for message in row["messages"]]
+        if num_foreign:
+            say(
+                f"data: {num_foreign} conversations of {source} list tools that rollouts will not "
+                f"offer: {', '.join(sorted(foreign))}"
+            )
+
+
+def _foreign_tools(row: dict, origin: str) -> set[str]:
+    """Names in a row's `tools` that are not ours; prompts list our tools whatever it says."""
+    tools = row.get("tools") or []
+    try:
+        tools = json.loads(tools) if isinstance(tools, str) else tools
+        names = {tool.get("function", tool)["name"] for tool in tools}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DataError(
+            f"{origin}: `tools` must be a list of tool schemas; found {row['tools']!r:.80}"
+        ) from error
+    return names - {tool["function"]["name"] for tool in tool_schemas()}
+
+
+def _message(message: dict) -> dict:
+    """Without the empty columns Parquet adds, and with text where a turn only calls tools."""
+    kept = {key: value for key, value in message.items() if value is not None}
+    return {**kept, "content": kept.get("content", "")}
 
 
 def _prompt(
@@ -82,6 +110,23 @@ def _prompt(
     answer_key: str,
     hint_key: str,
 ) -> Prompt:
+    """The columns the configuration names, where a row has them; else what the row's own columns
+    say it is."""
+    task = None
+    if any(row.get(key) in (None, "") for key in (prompt_key, answer_key)):
+        task = read_task(row, origin)
+    task = task or _plain_task(row, origin, prompt_key, answer_key)
+    return Prompt(
+        prompt_id=prompt_id,
+        token_ids=chat.prompt_ids(task.messages),
+        answer=task.answer,
+        data_source=task.data_source,
+        messages=task.messages,
+        hint=str(row.get(hint_key) or ""),
+    )
+
+
+def _plain_task(row: dict, origin: str, prompt_key: str, answer_key: str) -> Task:
     for key in (prompt_key, answer_key):
         if row.get(key) in (None, ""):
             raise DataError(
@@ -95,14 +140,7 @@ def _prompt(
             f"{origin}: {prompt_key!r} must be text or a list of messages with role and content; "
             f"found {question!r:.80}"
         )
-    return Prompt(
-        prompt_id=prompt_id,
-        token_ids=chat.prompt_ids(messages),
-        answer=str(row[answer_key]),
-        data_source=str(row.get("data_source") or ""),
-        messages=messages,
-        hint=str(row.get(hint_key) or ""),
-    )
+    return Task(messages, str(row[answer_key]), str(row.get("data_source") or ""))
 
 
 def _is_chat(messages: Any) -> bool:
@@ -131,37 +169,4 @@ def _rows(source: str) -> Iterator[tuple[dict, str]]:
             row = {"prompt": task.question, "answer": task.answer, "data_source": "tiny_world"}
             yield row, f"{source} row {number}"
         return
-    path = Path(source)
-    if not path.is_file():
-        raise DataError(
-            f"data file {source}: no such file; give a .jsonl or .parquet path, or "
-            "tiny_world:SPLIT:COUNT"
-        )
-    yield from _parquet_rows(path) if path.suffix == ".parquet" else _jsonl_rows(path)
-
-
-def _parquet_rows(path: Path) -> Iterator[tuple[dict, str]]:
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.read_table(path)
-    except pyarrow.ArrowException as error:
-        raise DataError(f"{path}: not a readable Parquet file ({error})") from error
-    for number, row in enumerate(table.to_pylist(), 1):
-        yield row, f"{path} row {number}"
-
-
-def _jsonl_rows(path: Path) -> Iterator[tuple[dict, str]]:
-    with path.open(encoding="utf-8-sig", errors="surrogateescape") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            if not line.isascii() and any("\udc80" <= c <= "\udcff" for c in line):
-                raise DataError(f"{path} row {number}: not UTF-8 text; convert the file")
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{path} row {number}: not valid JSON ({error})") from error
-            if not isinstance(row, dict):
-                raise DataError(f"{path} row {number}: expected an object, found {row!r:.80}")
-            yield row, f"{path} row {number}"
+    yield from file_rows(source)

@@ -164,3 +164,22 @@ def test_a_row_without_messages_is_named(tmp_path, row):
     source = _jsonl(tmp_path / "c.jsonl", [row])
     with pytest.raises(DataError, match="c.jsonl row 1: no list `messages`"):
         list(load_conversations([source], seed=0))
+
+
+def test_csv_rows_become_prompts(chat, tmp_path):
+    path = tmp_path / "p.csv"
+    path.write_text('prompt,answer\n"a, b\nc",7\nq,8\n')
+    prompts = _prompts(str(path), chat)
+    assert [(p.messages[0]["content"], p.answer) for p in prompts] == [("a, b\nc", "7"), ("q", "8")]
+
+
+def test_a_csv_row_with_missing_cells_is_named(chat, tmp_path):
+    path = tmp_path / "p.csv"
+    path.write_text("prompt,answer\na,1\nb\n")
+    with pytest.raises(DataError, match="p.csv row 2: not as many cells"):
+        _prompts(str(path), chat)
+
+
+def test_a_hint_is_kept_for_a_privileged_teacher(chat, tmp_path):
+    rows = [{"prompt": "q", "answer": "1", "hint": "look"}, {"prompt": "q", "answer": "1"}]
+    assert [p.hint for p in _prompts(_jsonl(tmp_path / "p.jsonl", rows), chat)] == ["look", ""]
