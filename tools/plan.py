@@ -26,7 +26,7 @@ def main() -> None:
     scale.add_argument("--gpus", type=int, nargs="+", help="default: doubling up to 1,024")
     scale.add_argument("--fixed-batch", action="store_true", help="the batch does not grow")
     picture = commands.add_parser("picture", help="where the time goes")
-    picture.add_argument("--out", required=True, help=".svg or .png")
+    picture.add_argument("--out", required=True, help="an .svg file")
     for command in (scale, picture):
         command.add_argument("--config", required=True)
         command.add_argument("overrides", nargs="*", help="dotted key=value")
@@ -53,7 +53,7 @@ def _doublings(first: int) -> list[int]:
 def picture_command(arguments: argparse.Namespace) -> None:
     config = load_config(arguments.config, arguments.overrides)
     times = what_if(config, [gpus_of(config)], grow_batch=False)
-    labels = [f"{placement}, staleness {staleness}" for placement, staleness in VARIANTS]
+    labels = [f"{place} {staleness}" for place, staleness in VARIANTS]
     print(draw_iterations(list(zip(labels, times, strict=True)), arguments.out))
 
 

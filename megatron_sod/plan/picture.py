@@ -1,8 +1,10 @@
-"""Where the time of an iteration goes, as an SVG: one bar per variant, one colour per phase."""
+"""Where the time of an iteration goes, as an SVG: bars per variant, one colour per phase."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from xml.sax.saxutils import escape
 
 from megatron_sod.plan.simulate import IterationTimes
 
@@ -11,61 +13,78 @@ COLOURS = {
     "score": "#f58518",
     "train": "#54a24b",
     "transfer": "#b279a2",
-    "waiting": "#d8d8d8",
+    "waiting": "#c8c8c8",
 }
+LEFT, WIDTH, BAR, GAP, TOP = 210, 640, 22, 16, 44  # pixels
+Pieces = list[tuple[str, float]]  # (phase, seconds) in order
 
 
 def draw_iterations(iterations: list[tuple[str, IterationTimes]], out: str | Path) -> Path:
-    """Two stacked bars per variant: what the engines do, and what the trainers do.
+    """Stacked bars: the GPUs of a colocated run; engines and trainers where they are apart.
 
     Args:
         iterations: (label, times) from top to bottom.
-        out: file; its suffix chooses the format.
+        out: an .svg file.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "megatron_sod"  # the same file for the same numbers
-    import matplotlib.pyplot as plt
-    from matplotlib.patches import Patch
-
-    figure, axes = plt.subplots(figsize=(9, 0.9 + 0.9 * len(iterations)))
-    ticks = []
-    for number, (label, times) in enumerate(iterations):
-        for offset, (side, pieces) in enumerate(_sides(times).items()):
-            y, left = number * 2.6 + offset, 0.0
-            for phase, seconds in pieces:
-                axes.barh(y, seconds, left=left, height=0.9, color=COLOURS[phase])
-                left += seconds
-            ticks.append((y, f"{label}\n{side}" if offset == 0 else side))
-        axes.text(times.step_s, number * 2.6 + 0.5, f" {times.step_s:.0f} s", va="center")
-    axes.set_yticks([y for y, _ in ticks], [text for _, text in ticks], fontsize=8)
-    axes.invert_yaxis()
-    axes.margins(x=0.08)
-    axes.set_xlabel("simulated seconds of one iteration")
-    axes.spines[["top", "right"]].set_visible(False)
-    handles = [Patch(color=colour, label=phase) for phase, colour in COLOURS.items()]
-    axes.legend(
-        handles=handles,
-        ncols=len(handles),
-        frameon=False,
-        loc="lower left",
-        bbox_to_anchor=(0, 1),
-        fontsize=8,
+    longest = max(times.step_s for _, times in iterations)
+    scale, y = WIDTH / longest, TOP
+    body = list(_legend())
+    for label, times in iterations:
+        body.append(_text(0, y + BAR - 6, label, weight="bold"))
+        for side, pieces in _sides(times).items():
+            body.append(_text(LEFT - 8, y + BAR - 6, side, anchor="end"))
+            body += _bar(pieces, y, scale)
+            y += BAR + 2
+        end = LEFT + times.step_s * scale
+        body.append(_text(end + 6, y - 8, f"{times.step_s:.0f} s"))
+        y += GAP
+    body.append(_text(LEFT, y + 8, "simulated seconds of one iteration, from the left"))
+    width, height = LEFT + WIDTH + 70, y + 20
+    head = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+        f'width="{width}" height="{height}" font-family="sans-serif" font-size="13">'
     )
-    figure.tight_layout()
-    figure.savefig(out, metadata={"Date": None} if str(out).endswith(".svg") else None)
-    plt.close(figure)
-    return Path(out)
+    background = f'<rect width="{width}" height="{height}" fill="#ffffff"/>'
+    file = Path(out)
+    file.write_text("\n".join([head, background, *body, "</svg>"]) + "\n")
+    return file
 
 
-def _sides(times: IterationTimes) -> dict[str, list[tuple[str, float]]]:
-    """(phase, seconds) in order, for engines and trainers. An engine's idle time is spread over
-    the rollout and shown at its end."""
+def _sides(times: IterationTimes) -> dict[str, Pieces]:
+    """An engine's idle time is spread over the rollout; it is drawn at the rollout's end."""
     busy = times.rollout_s * (1 - times.engine_idle_share)
-    engines = [("rollout", busy), ("waiting", times.step_s - times.transfer_s - busy)]
-    training = times.score_s + times.train_s
-    wait = ("waiting", max(0.0, times.step_s - times.transfer_s - training))
-    trainers = [wait, ("score", times.score_s), ("train", times.train_s)]
+    rollout: Pieces = [("rollout", busy), ("waiting", times.rollout_s - busy)]
+    training: Pieces = [("score", times.score_s), ("train", times.train_s)]
     last = ("transfer", times.transfer_s)
-    return {"engines": [*engines, last], "trainers": [*trainers, last]}
+    if times.placement == "colocated":
+        return {"GPUs": [*rollout, *training, last]}
+    before = times.step_s - times.transfer_s
+    engines = [*rollout, ("waiting", before - times.rollout_s), last]
+    wait = ("waiting", before - times.score_s - times.train_s)
+    trainers = [*training, wait, last] if times.staleness else [wait, *training, last]
+    return {"engines": engines, "trainers": trainers}
+
+
+def _bar(pieces: Pieces, y: float, scale: float) -> Iterator[str]:
+    x = float(LEFT)
+    for phase, seconds in pieces:
+        width = seconds * scale
+        yield (
+            f'<rect x="{x:.1f}" y="{y}" width="{width:.1f}" height="{BAR}" '
+            f'fill="{COLOURS[phase]}"><title>{phase} {seconds:.1f} s</title></rect>'
+        )
+        x += width
+
+
+def _legend() -> Iterator[str]:
+    for number, (phase, colour) in enumerate(COLOURS.items()):
+        x = LEFT + number * 105
+        yield f'<rect x="{x}" y="12" width="14" height="14" fill="{colour}"/>'
+        yield _text(x + 20, 24, phase)
+
+
+def _text(x: float, y: float, text: str, *, anchor: str = "start", weight: str = "normal") -> str:
+    return (
+        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-weight="{weight}" '
+        f'fill="#202020">{escape(text)}</text>'
+    )
