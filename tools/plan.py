@@ -53,7 +53,7 @@ def _doublings(first: int) -> list[int]:
 def picture_command(arguments: argparse.Namespace) -> None:
     config = load_config(arguments.config, arguments.overrides)
     times = what_if(config, [gpus_of(config)], grow_batch=False)
-    labels = [f"{place} {staleness}" for place, staleness in VARIANTS]
+    labels = [f"{placement}, staleness {staleness}" for placement, staleness in VARIANTS]
     print(draw_iterations(list(zip(labels, times, strict=True)), arguments.out))
 
 

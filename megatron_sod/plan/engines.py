@@ -97,17 +97,27 @@ class _Engine:
         self.steps = self.step_s = 0.0
         self.running: list[tuple[float, int]] = []  # (step count at which the turn ends, sequence)
         self.waiting: deque[int] = deque()
-        self.context = 0.0
+        self.context = 0.0  # tokens its running sequences hold now
+        self.reserved = 0.0  # and at the ends of their turns
         self.version = 0
         self.busy_s = self.sequence_s = 0.0
 
 
 class _Simulation:
-    def __init__(self, draws: list[Draw], speed: EngineSpeed, num_engines: int, slots: int | None):
+    def __init__(
+        self,
+        draws: list[Draw],
+        speed: EngineSpeed,
+        num_engines: int,
+        slots: int | None,
+        in_flight: int,
+    ):
         self.draws, self.speed = draws, speed
         self.engines = [_Engine() for _ in range(num_engines)]
         self.free_slots = len(draws) if slots is None else slots
         self.tool_queue: deque[int] = deque()
+        self.unstarted = deque(range(len(draws)))
+        self.in_flight = in_flight
         self.turn = [0] * len(draws)
         self.held = [float(draw.prompt_tokens) for draw in draws]  # context of each sequence
         self.events: list[tuple[float, int, str, int, int]] = []
@@ -115,8 +125,8 @@ class _Simulation:
         self.tool_s, self.ended_s = 0.0, [0.0] * len(draws)
 
     def run(self) -> RolloutResult:
-        for sequence in range(len(self.draws)):
-            self._engine(sequence).waiting.append(sequence)
+        for _ in range(min(self.in_flight, len(self.draws))):
+            self._start_next()
         for number, engine in enumerate(self.engines):
             self._admit(number, engine)
         while self.events:
@@ -127,8 +137,11 @@ class _Simulation:
                 self._turn_ends(which, time)
         return self._result()
 
-    def _engine(self, sequence: int) -> _Engine:
-        return self.engines[sequence % len(self.engines)]
+    def _start_next(self) -> _Engine:
+        sequence = self.unstarted.popleft()
+        engine = self.engines[sequence % len(self.engines)]
+        engine.waiting.append(sequence)
+        return engine
 
     def _advance(self, engine: _Engine, time: float) -> None:
         elapsed = time - engine.now
@@ -148,7 +161,7 @@ class _Simulation:
             sequence = engine.waiting[0]
             draw = self.draws[sequence]
             needed = self.held[sequence] + draw.turn_tokens
-            if engine.running and engine.context + needed > speed.cache_tokens:
+            if engine.running and engine.reserved + needed > speed.cache_tokens:
                 break
             engine.waiting.popleft()
             new = draw.observation_tokens if self.turn[sequence] else draw.prompt_tokens
@@ -156,6 +169,7 @@ class _Simulation:
             engine.stalled_until = max(engine.now, engine.stalled_until) + stall
             heapq.heappush(engine.running, (engine.steps + draw.turn_tokens, sequence))
             engine.context += self.held[sequence]
+            engine.reserved += needed
         engine.version += 1
         if engine.running:
             engine.step_s = speed.step_s(len(engine.running), engine.context)
@@ -173,6 +187,7 @@ class _Simulation:
         draw = self.draws[sequence]
         self.held[sequence] += draw.turn_tokens
         engine.context = max(0.0, engine.context - self.held[sequence])
+        engine.reserved -= self.held[sequence]
         self.turn[sequence] += 1
         if self.turn[sequence] < draw.num_turns:
             self.tool_queue.append(sequence)
@@ -180,6 +195,11 @@ class _Simulation:
             self._start_tools(time)
         else:
             self.ended_s[sequence] = time
+            if self.unstarted:
+                other = self._start_next()
+                if other is not engine:
+                    self._advance(other, time)
+                    self._admit(self.engines.index(other), other)
         self._admit(number, engine)
 
     def _start_tools(self, time: float) -> None:
@@ -213,11 +233,18 @@ class _Simulation:
 
 
 def simulate_rollout(
-    draws: list[Draw], speed: EngineSpeed, *, num_engines: int, tool_slots: int | None = None
+    draws: list[Draw],
+    speed: EngineSpeed,
+    *,
+    num_engines: int,
+    tool_slots: int | None = None,
+    max_in_flight: int | None = None,
 ) -> RolloutResult:
     """
     Args:
         draws: trajectories; number i runs on engine i modulo `num_engines`.
         tool_slots: calls at a time, over all engines; None: no limit.
+        max_in_flight: trajectories at a time, over all engines; None: no limit.
     """
-    return _Simulation(draws, speed, num_engines, tool_slots).run()
+    in_flight = len(draws) if max_in_flight is None else max_in_flight
+    return _Simulation(draws, speed, num_engines, tool_slots, in_flight).run()

@@ -15,7 +15,7 @@ COLOURS = {
     "transfer": "#b279a2",
     "waiting": "#c8c8c8",
 }
-LEFT, WIDTH, BAR, GAP, TOP = 210, 640, 22, 16, 44  # pixels
+LEFT, WIDTH, BAR, GAP, TOP = 80, 680, 22, 14, 44  # pixels
 Pieces = list[tuple[str, float]]  # (phase, seconds) in order
 
 
@@ -30,7 +30,8 @@ def draw_iterations(iterations: list[tuple[str, IterationTimes]], out: str | Pat
     scale, y = WIDTH / longest, TOP
     body = list(_legend())
     for label, times in iterations:
-        body.append(_text(0, y + BAR - 6, label, weight="bold"))
+        body.append(_text(LEFT, y + 14, label))
+        y += 20
         for side, pieces in _sides(times).items():
             body.append(_text(LEFT - 8, y + BAR - 6, side, anchor="end"))
             body += _bar(pieces, y, scale)
@@ -83,8 +84,7 @@ def _legend() -> Iterator[str]:
         yield _text(x + 20, 24, phase)
 
 
-def _text(x: float, y: float, text: str, *, anchor: str = "start", weight: str = "normal") -> str:
+def _text(x: float, y: float, text: str, *, anchor: str = "start") -> str:
     return (
-        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-weight="{weight}" '
-        f'fill="#202020">{escape(text)}</text>'
+        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="#202020">{escape(text)}</text>'
     )

@@ -100,7 +100,11 @@ class _Rollout:
 def _iteration(job: Job, config: SodConfig, staleness: int, *, seed: int) -> IterationTimes:
     rollout, num_engines = config.rollout, config.rollout.engine.num_engines
     simulated = min(num_engines, MAX_SIMULATED_ENGINES)
-    slots = config.sandbox.max_concurrency
+    slots, in_flight = config.sandbox.max_concurrency, config.rollout.max_in_flight
+    if slots is not None:
+        slots = max(1, slots * rollout.num_workers * simulated // num_engines)
+    if in_flight is not None:
+        in_flight = max(1, in_flight * simulated // num_engines)
     drawn = _rollout(
         EngineSpeed.of(job),
         config.plan,
@@ -111,7 +115,8 @@ def _iteration(job: Job, config: SodConfig, staleness: int, *, seed: int) -> Ite
         ),
         math.ceil(job.workload.num_trajectories * simulated / num_engines),
         simulated,
-        None if slots is None else max(1, slots * simulated // num_engines),
+        slots,
+        in_flight,
         seed,
     )
     share = job.workload.num_trajectories / drawn.count
@@ -132,11 +137,14 @@ def _rollout(
     count: int,
     num_engines: int,
     slots: int | None,
+    in_flight: int | None,
     seed: int,
 ) -> _Rollout:
     draws = draw_trajectories(plan, limits, count=count, seed=seed)
     return _Rollout(
-        result=simulate_rollout(draws, speed, num_engines=num_engines, tool_slots=slots),
+        result=simulate_rollout(
+            draws, speed, num_engines=num_engines, tool_slots=slots, max_in_flight=in_flight
+        ),
         count=count,
         tokens=sum(draw.tokens for draw in draws),
         rows=sum(draw.rows for draw in draws),
