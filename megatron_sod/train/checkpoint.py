@@ -1,161 +1,242 @@
-"""Checkpoints through Megatron's dist_checkpointing: atomic, resumable, a few kept.
+"""Checkpoints through Megatron's dist_checkpointing: written while training goes on, atomic.
 
-RUN/checkpoints/iter_000010/       model, optimizer and progress
-RUN/checkpoints/latest             "iter_000010"; written after the folder is complete
+RUN/checkpoints/iter_000010/       what `checkpoint_files` lists, and the tensors of every rank
+RUN/checkpoints/latest             "iter_000010"; changed only after the folder is complete
+RUN/checkpoints/best               the one whose evaluation was best; kept whatever its age
 """
 
 from __future__ import annotations
 
-import multiprocessing
+import json
 import shutil
-from dataclasses import asdict, dataclass
-from functools import partial
-from multiprocessing.managers import SyncManager
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core import dist_checkpointing, parallel_state
 
 from megatron_sod.errors import CheckpointError
-from megatron_sod.parallel.lifetime import die_with_parent
+from megatron_sod.train import checkpoint_files as files
+from megatron_sod.train.async_save import PendingSave, SnapshotStrategy, use_in_process_queue
+from megatron_sod.train.checkpoint_state import (
+    apply_random_state,
+    apply_state,
+    sharded_random_state,
+    sharded_state,
+)
 from megatron_sod.train.trainable import Trainable
-
-# The default sharding of the distributed optimizer cannot be saved by dist_checkpointing 0.16.
-_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
-_LATEST = "latest"
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands after an iteration."""
+    """Where a run stands after an iteration. New fields need a default: old checkpoints lack them."""
 
     iteration: int  # finished iterations
     policy_version: int  # optimizer-made versions of the student so far
     num_prompts_drawn: int  # position in the data order
     num_optimizer_steps: int
     config_hash: str
+    best_success: float | None = None  # of the student's evaluations so far
+    best_iteration: int | None = None
+
+
+@dataclass(frozen=True)
+class Description:
+    """What travels with the tensors for people and for the checks on resume."""
+
+    config_yaml: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
 
 
 class Checkpoints:
-    """The checkpoints of one run directory. Methods are collectives over all trainer ranks."""
+    """The checkpoints of one run directory. `save`, `poll`, `finish` and `load` are collectives over
+    all trainer ranks."""
 
-    def __init__(self, folder: str | Path, *, keep_last: int):
+    def __init__(
+        self, folder: str | Path, *, keep_last: int, description: Description | None = None
+    ):
         self.folder, self._keep_last = Path(folder), keep_last
+        self._description = description or Description()
+        self._pending: tuple[PendingSave, Progress] | None = None
 
     def latest(self) -> Path | None:
         """The newest complete checkpoint."""
-        marker = self.folder / _LATEST
-        if not marker.is_file():
-            return None
-        path = self.folder / marker.read_text().strip()
-        if not path.is_dir():
-            raise CheckpointError(
-                f"{marker} names {path.name}, which is not there; write the name of an existing "
-                "iter_* folder into it, or delete it to start over"
-            )
-        return path
+        return files.marked(self.folder, files.LATEST)
 
-    def save(self, trainable: Trainable, progress: Progress) -> Path:
-        """Write a checkpoint beside the older ones, then make it the latest."""
-        target = self.folder / f"iter_{progress.iteration:06d}"
-        partial = target.with_name(target.name + ".partial")
-        if dist.get_rank() == 0:
-            for stale in (partial, target):
-                shutil.rmtree(stale, ignore_errors=True)
-            partial.mkdir(parents=True)
-        dist.barrier()
-        state = _sharded_state(trainable, is_loading=False)
-        state["progress"] = asdict(progress)
-        _start_result_queue()
-        dist_checkpointing.save(state, str(partial))
-        dist.barrier()
-        if dist.get_rank() == 0:
-            partial.rename(target)
-            marker = self.folder / (_LATEST + ".partial")
-            marker.write_text(target.name + "\n")
-            marker.rename(self.folder / _LATEST)
-            self._delete_old(keep=target)
-        dist.barrier()
+    def save(self, trainable: Trainable, progress: Progress) -> None:
+        """Copy the state and begin to write it; an earlier save is finished first.
+
+        The new checkpoint counts from `poll` or `finish` on.
+        """
+        self.finish()
+        partial = self._folder(progress, ".partial")
+        _together(lambda: self._prepare(partial, trainable, progress), "prepared", partial)
+        state = sharded_state(trainable, is_loading=False)
+        state["random_state"] = sharded_random_state()
+        use_in_process_queue()
+        request = dist_checkpointing.save(
+            state, str(partial), sharded_strategy=SnapshotStrategy(), async_sharded_save=True
+        )
+        assert request is not None
+        self._pending = PendingSave(request), progress
+
+    def poll(self) -> Path | None:
+        """Publish the checkpoint being written if every rank is done; its folder then."""
+        if self._pending is None or not self._pending[0].is_done_everywhere():
+            return None
+        return self.finish()
+
+    def finish(self) -> Path | None:
+        """Wait for the checkpoint being written, and publish it.
+
+        Raises:
+            CheckpointError: it could not be written; the previous one is untouched.
+        """
+        if self._pending is None:
+            return None
+        (pending, progress), self._pending = self._pending, None
+        pending.wait()
+        partial, target = self._folder(progress, ".partial"), self._folder(progress)
+        try:
+            sums = pending.finish()
+        except BaseException as error:
+            if dist.get_rank() == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise CheckpointError(self._not_written(target, error)) from error
+        _together(lambda: self._publish(partial, target, sums, progress), "published", target)
         return target
 
     def load(self, trainable: Trainable, path: str | Path) -> Progress:
-        """Fill model and optimizer from a checkpoint folder.
+        """Fill model, optimizer and generators from a checkpoint folder, in any layout.
 
         Raises:
-            CheckpointError: the folder is not a checkpoint of this package.
+            CheckpointError: not a checkpoint of this package or model, or a file is damaged.
         """
-        if not (Path(path) / "metadata.json").is_file():
+        path = Path(path)
+        about = _together(lambda: files.read_about(path), "read", path, everywhere=True)
+        rank, world = dist.get_rank(), dist.get_world_size()
+        _together(
+            lambda: files.verify_files(path, part=rank, num_parts=world), "read", path, everywhere=True
+        )
+        _check_model(about, trainable, path)
+        progress = _progress_from(about["progress"], path)
+        state = sharded_state(trainable, is_loading=True)
+        same_layout = about["layout"] == _layout()
+        if same_layout:
+            state["random_state"] = sharded_random_state()
+        try:
+            loaded = dist_checkpointing.load(state, str(path))
+        except Exception as error:
             raise CheckpointError(
-                f"{path} is not a complete checkpoint (no metadata.json); give an iter_* folder of "
-                "a run's checkpoints/"
-            )
-        _allocate_optimizer_state(trainable)
-        state = _sharded_state(trainable, is_loading=True)
-        loaded = dist_checkpointing.load(state, str(path))
-        trainable.model.load_state_dict(loaded["model"], strict=False)
-        trainable.optimizer.load_state_dict(loaded["optimizer"])
-        _separate_step_counts(trainable)
-        if "progress" not in loaded:
-            raise CheckpointError(f"{path}: written by another program (no `progress` in it)")
-        return Progress(**loaded["progress"])
+                f"{path}: its tensors do not fit this model ({type(error).__name__}: {error}); it "
+                "was written with another architecture or release"
+            ) from error
+        apply_state(trainable, loaded)
+        if same_layout:
+            apply_random_state(loaded["random_state"])
+        if rank == 0 and path.resolve().parent == self.folder.resolve():
+            files.mark(self.folder, files.LATEST, path)
+        return progress
 
-    def _delete_old(self, *, keep: Path) -> None:
-        complete = sorted(p for p in self.folder.glob("iter_*") if not p.name.endswith(".partial"))
-        for path in complete[: -self._keep_last]:
-            if path != keep:
-                shutil.rmtree(path)
+    def _folder(self, progress: Progress, suffix: str = "") -> Path:
+        return self.folder / (files.folder_name(progress.iteration) + suffix)
 
+    def _prepare(self, partial: Path, trainable: Trainable, progress: Progress) -> None:
+        """An empty folder with what can be said already; leftovers of killed saves go."""
+        for stale in self.folder.glob("iter_*.partial"):
+            shutil.rmtree(stale)
+        partial.mkdir(parents=True)
+        about = {
+            "format": files.FORMAT,
+            "format_version": files.FORMAT_VERSION,
+            "progress": asdict(progress),
+            "layout": _layout(),
+            "model": asdict(trainable.geometry),
+            "versions": self._description.versions,
+        }
+        files.write_json(partial / files.ABOUT, about)
+        (partial / files.CONFIG).write_text(self._description.config_yaml)
 
-def _start_result_queue() -> None:
-    """Megatron's writer keeps a manager process that would outlive a killed rank; ours dies with
-    it."""
-    if filesystem_async._results_queue is None:
-        manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
-        manager.start(initializer=die_with_parent)
-        filesystem_async._results_queue = manager.Queue()
+    def _publish(
+        self, partial: Path, target: Path, sums: files.FileSums, progress: Progress
+    ) -> None:
+        files.write_checksums(partial, sums)
+        if target.exists():  # newer than what the run was resumed from, so not the latest
+            shutil.rmtree(target)
+        partial.rename(target)
+        files.mark(self.folder, files.LATEST, target)
+        if progress.best_iteration == progress.iteration:
+            files.mark(self.folder, files.BEST, target)
+        files.delete_old(self.folder, target, keep_last=self._keep_last)
 
-
-def _allocate_optimizer_state(trainable: Trainable) -> None:
-    """torch's AdamW has no state before its first step, and Megatron reads the step count from it.
-
-    The zero-gradient step this takes may touch the weights; loading overwrites both.
-    """
-    for part in _parts(trainable):
-        initialise = getattr(part, "_init_optimizer_states_with_dummy_values", None)
-        if initialise is not None and not part.optimizer.state:
-            initialise()
-            part._set_main_param_and_optimizer_states = partial(_set_states, part)
-
-
-def _set_states(part: Any, model_param: Any, tensors: dict) -> None:
-    """Megatron 0.16 copies every entry of the optimizer's state, torch's `step` too, which its
-    checkpoints keep in the parameter groups instead; it has been restored from there."""
-    group, order = part.model_param_group_index_map[model_param]
-    state = part.optimizer.state[part.optimizer.param_groups[group]["params"][order]]
-    if "step" in state:
-        tensors = {**tensors, "step": state["step"]}
-    type(part)._set_main_param_and_optimizer_states(part, model_param, tensors)
-
-
-def _separate_step_counts(trainable: Trainable) -> None:
-    """Megatron restores one `step` tensor for all parameters; AdamW would count it up once per
-    parameter."""
-    for part in _parts(trainable):
-        for state in part.optimizer.state.values():
-            if isinstance(state.get("step"), torch.Tensor):
-                state["step"] = state["step"].clone()
+    def _not_written(self, target: Path, error: BaseException) -> str:
+        previous = self.latest()
+        kept = f"{previous.name} is complete" if previous else "there is no earlier one"
+        return (
+            f"{target} could not be written: {_reason(error)}. {kept}; make room or repair the "
+            "disk, then start the same command again to go on from there"
+        )
 
 
-def _parts(trainable: Trainable) -> list[Any]:
-    return getattr(trainable.optimizer, "chained_optimizers", [trainable.optimizer])
+def _reason(error: BaseException) -> str:
+    """The writers' own errors out of torch's CheckpointException; rank 0 has them all."""
+    failures = getattr(error, "failures", None)
+    if failures:
+        return "; ".join(f"rank {rank}: {failure[0]}" for rank, failure in failures.items())
+    return f"{type(error).__name__}: {error}"
 
 
-def _sharded_state(trainable: Trainable, *, is_loading: bool) -> dict:
-    model_state = trainable.model.sharded_state_dict(metadata=_METADATA)
-    optimizer_state = trainable.optimizer.sharded_state_dict(
-        model_state, is_loading=is_loading, metadata=_METADATA
-    )
-    return {"model": model_state, "optimizer": optimizer_state}
+def _together(
+    work: Callable[[], Any], done: str, path: Path, *, everywhere: bool = False
+) -> Any:
+    """Work on rank 0 (or everywhere); an error on one rank becomes the same error on all."""
+    result, problem = None, None
+    if everywhere or dist.get_rank() == 0:
+        try:
+            result = work()
+        except CheckpointError as error:
+            problem = str(error)
+        except OSError as error:
+            problem = f"{path} could not be {done}: {error}; the earlier checkpoints are untouched"
+    problems: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    for found in problems:
+        if found is not None:
+            raise CheckpointError(found)
+    return result
+
+
+def _layout() -> dict[str, int]:
+    return {
+        "world_size": dist.get_world_size(),
+        "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),
+        "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size(),
+        "context_parallel_size": parallel_state.get_context_parallel_world_size(),
+        "expert_model_parallel_size": parallel_state.get_expert_model_parallel_world_size(),
+    }
+
+
+def _check_model(about: dict[str, Any], trainable: Trainable, path: Path) -> None:
+    stored, now = about["model"], json.loads(json.dumps(asdict(trainable.geometry)))
+    differing = [
+        f"{name} {stored[name]} (checkpoint), {now[name]} (student.path)"
+        for name in stored.keys() & now.keys()
+        if stored[name] != now[name]
+    ]
+    if differing:
+        raise CheckpointError(
+            f"{path} holds another model: {'; '.join(sorted(differing))}; give the student it was "
+            "trained from, or another checkpoint"
+        )
+
+
+def _progress_from(stored: dict[str, Any], path: Path) -> Progress:
+    known = {f.name for f in fields(Progress)}
+    if unknown := sorted(stored.keys() - known):
+        raise CheckpointError(
+            f"{path}: progress has fields this release does not know ({', '.join(unknown)}); use "
+            "the release that wrote it"
+        )
+    return Progress(**stored)

@@ -1,0 +1,100 @@
+"""What a checkpoint holds of one rank, as dist_checkpointing's sharded values."""
+
+from __future__ import annotations
+
+import random
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import tensor_parallel
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+
+from megatron_sod.train.trainable import Trainable
+
+# The default sharding of the distributed optimizer cannot be saved by dist_checkpointing 0.16.
+_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
+
+
+def sharded_state(trainable: Trainable, *, is_loading: bool) -> dict[str, Any]:
+    """Model and optimizer, readable in any layout."""
+    if is_loading:
+        _allocate_optimizer_state(trainable)
+    model_state = trainable.model.sharded_state_dict(metadata=_METADATA)
+    optimizer_state = trainable.optimizer.sharded_state_dict(
+        model_state, is_loading=is_loading, metadata=_METADATA
+    )
+    return {"model": model_state, "optimizer": optimizer_state}
+
+
+def apply_state(trainable: Trainable, loaded: dict[str, Any]) -> None:
+    """Put loaded values into model and optimizer."""
+    trainable.model.load_state_dict(loaded["model"], strict=False)
+    trainable.optimizer.load_state_dict(loaded["optimizer"])
+    _separate_step_counts(trainable)
+
+
+def sharded_random_state() -> ShardedObject:
+    """The generators of this rank; meaningful in the same layout only."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    return ShardedObject("random_state", _random_state(), (world,), (rank,))
+
+
+def _random_state() -> dict[str, Any]:
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    state: dict[str, Any] = {
+        "torch": torch.get_rng_state(),
+        "python": random.getstate(),
+        "numpy": (name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached),
+        "megatron": tensor_parallel.get_cuda_rng_tracker().get_states(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def apply_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    random.setstate(state["python"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    tensor_parallel.get_cuda_rng_tracker().set_states(state["megatron"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def _allocate_optimizer_state(trainable: Trainable) -> None:
+    """torch's AdamW has no state before its first step, and Megatron reads the step count from it.
+
+    The zero-gradient step this takes may touch the weights; loading overwrites both.
+    """
+    for part in _parts(trainable):
+        initialise = getattr(part, "_init_optimizer_states_with_dummy_values", None)
+        if initialise is not None and not part.optimizer.state:
+            initialise()
+            part._set_main_param_and_optimizer_states = partial(_set_states, part)
+
+
+def _set_states(part: Any, model_param: Any, tensors: dict) -> None:
+    """Megatron 0.16 copies every entry of the optimizer's state, torch's `step` too, which its
+    checkpoints keep in the parameter groups instead; it has been restored from there."""
+    group, order = part.model_param_group_index_map[model_param]
+    state = part.optimizer.state[part.optimizer.param_groups[group]["params"][order]]
+    if "step" in state:
+        tensors = {**tensors, "step": state["step"]}
+    type(part)._set_main_param_and_optimizer_states(part, model_param, tensors)
+
+
+def _separate_step_counts(trainable: Trainable) -> None:
+    """Megatron restores one `step` tensor for all parameters; AdamW would count it up once per
+    parameter."""
+    for part in _parts(trainable):
+        for state in part.optimizer.state.values():
+            if isinstance(state.get("step"), torch.Tensor):
+                state["step"] = state["step"].clone()
+
+
+def _parts(trainable: Trainable) -> list[Any]:
+    return getattr(trainable.optimizer, "chained_optimizers", [trainable.optimizer])
