@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megatron_sod.config.load import config_hash
+from megatron_sod.config.load import config_hash, to_yaml
 from megatron_sod.config.schema import ModelConfig, SodConfig
 from megatron_sod.data.chat_parity import check_same_chat
 from megatron_sod.data.order import PromptOrder
@@ -24,7 +24,8 @@ from megatron_sod.model.build import HiddenStateGPT, build_model
 from megatron_sod.model.geometry import Geometry, layout_problems, load_geometry
 from megatron_sod.model.parity import check_same_vocabulary
 from megatron_sod.model.weights import has_weights, load_hf_weights
-from megatron_sod.observe.run_dir import RunDir
+from megatron_sod.observe.progress import say
+from megatron_sod.observe.run_dir import RunDir, versions
 from megatron_sod.observe.telemetry import Telemetry
 from megatron_sod.parallel import state
 from megatron_sod.reshard.canary import canary_sequences, trainer_logprobs
@@ -33,7 +34,7 @@ from megatron_sod.rollout.controller import RolloutController
 from megatron_sod.rollout.ray_instance import stop_ray
 from megatron_sod.rollout.recording import Recording
 from megatron_sod.rollout.worker import make_chat
-from megatron_sod.train.checkpoint import Checkpoints, Progress
+from megatron_sod.train.checkpoint import Checkpoints, Description, Progress
 from megatron_sod.train.trainable import Trainable
 from megatron_sod.types import Prompt
 
@@ -87,7 +88,12 @@ def open_session(config: SodConfig) -> Iterator[Session]:
         run_dir = RunDir(config)
         telemetry = Telemetry(config.observe.telemetry_interval_s)
         closing.callback(telemetry.close)
-        checkpoints = Checkpoints(run_dir.checkpoints, keep_last=config.train.keep_last)
+        checkpoints = Checkpoints(
+            run_dir.checkpoints,
+            keep_last=config.train.keep_last,
+            description=Description(to_yaml(config), versions()),
+        )
+        closing.callback(checkpoints.close)
         resume_from = _resume_from(config, checkpoints)
         controller = teacher_controller = None
         if dist.get_rank() == 0:
@@ -110,6 +116,8 @@ def open_session(config: SodConfig) -> Iterator[Session]:
         progress = Progress(0, 0, 0, 0, config_hash(config))
         if resume_from is not None:
             progress = checkpoints.load(student, resume_from)
+            for line in differences(resume_from, config):
+                say(line)
         if controller is not None:
             controller.wait_until_ready("student engines")
         sync = None

@@ -19,7 +19,7 @@ from megatron.core import dist_checkpointing, parallel_state
 
 from megatron_sod.errors import CheckpointError
 from megatron_sod.train import checkpoint_files as files
-from megatron_sod.train.async_save import PendingSave, SnapshotStrategy, use_in_process_queue
+from megatron_sod.train.async_save import SaveUnderWay
 from megatron_sod.train.checkpoint_state import (
     apply_random_state,
     apply_state,
@@ -31,7 +31,7 @@ from megatron_sod.train.trainable import Trainable
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands after an iteration. New fields need a default: old checkpoints lack them."""
+    """Where a run stands after an iteration. New fields need defaults: old checkpoints lack them."""
 
     iteration: int  # finished iterations
     policy_version: int  # optimizer-made versions of the student so far
@@ -51,7 +51,7 @@ class Description:
 
 
 class Checkpoints:
-    """The checkpoints of one run directory. `save`, `poll`, `finish` and `load` are collectives over
+    """The checkpoints of one run directory. The constructor, `save` and `load` are collectives over
     all trainer ranks."""
 
     def __init__(
@@ -59,54 +59,53 @@ class Checkpoints:
     ):
         self.folder, self._keep_last = Path(folder), keep_last
         self._description = description or Description()
-        self._pending: tuple[PendingSave, Progress] | None = None
+        self._group = dist.new_group(backend="gloo")  # for the writing threads alone
+        self._pending: SaveUnderWay | None = None
+        self._target: Path | None = None
 
     def latest(self) -> Path | None:
         """The newest complete checkpoint."""
         return files.marked(self.folder, files.LATEST)
 
     def save(self, trainable: Trainable, progress: Progress) -> None:
-        """Copy the state and begin to write it; an earlier save is finished first.
+        """Copy the state and return; the checkpoint appears once every rank has written.
 
-        The new checkpoint counts from `poll` or `finish` on.
+        An earlier save is waited for first.
         """
         self.finish()
-        partial = self._folder(progress, ".partial")
+        partial, target = self._folder(progress, ".partial"), self._folder(progress)
         _together(lambda: self._prepare(partial, trainable, progress), "prepared", partial)
         state = sharded_state(trainable, is_loading=False)
         state["random_state"] = sharded_random_state()
-        use_in_process_queue()
-        request = dist_checkpointing.save(
-            state, str(partial), sharded_strategy=SnapshotStrategy(), async_sharded_save=True
+        is_best = progress.best_iteration == progress.iteration
+        self._target = target
+        self._pending = SaveUnderWay(
+            state,
+            partial,
+            self._group,
+            lambda sums: self._publish(partial, target, sums, is_best=is_best),
         )
-        assert request is not None
-        self._pending = PendingSave(request), progress
 
-    def poll(self) -> Path | None:
-        """Publish the checkpoint being written if every rank is done; its folder then."""
-        if self._pending is None or not self._pending[0].is_done_everywhere():
-            return None
-        return self.finish()
+    @property
+    def has_failed(self) -> bool:
+        """Whether a save is known to have failed; `finish` says why. Ranks may learn it one after
+        another."""
+        return self._pending is not None and self._pending.problem is not None
 
-    def finish(self) -> Path | None:
-        """Wait for the checkpoint being written, and publish it.
+    def finish(self, timeout_s: float | None = None) -> None:
+        """Wait for the checkpoint being written.
 
         Raises:
-            CheckpointError: it could not be written; the previous one is untouched.
+            CheckpointError: it could not be written; the earlier ones are untouched.
         """
         if self._pending is None:
-            return None
-        (pending, progress), self._pending = self._pending, None
-        pending.wait()
-        partial, target = self._folder(progress, ".partial"), self._folder(progress)
-        try:
-            sums = pending.finish()
-        except BaseException as error:
-            if dist.get_rank() == 0:
-                shutil.rmtree(partial, ignore_errors=True)
-            raise CheckpointError(self._not_written(target, error)) from error
-        _together(lambda: self._publish(partial, target, sums, progress), "published", target)
-        return target
+            return
+        self._pending.wait(timeout_s)
+        if not self._pending.is_done:
+            return
+        problem, self._pending = self._pending.problem, None
+        if problem is not None:
+            raise CheckpointError(self._not_written(problem))
 
     def load(self, trainable: Trainable, path: str | Path) -> Progress:
         """Fill model, optimizer and generators from a checkpoint folder, in any layout.
@@ -118,7 +117,10 @@ class Checkpoints:
         about = _together(lambda: files.read_about(path), "read", path, everywhere=True)
         rank, world = dist.get_rank(), dist.get_world_size()
         _together(
-            lambda: files.verify_files(path, part=rank, num_parts=world), "read", path, everywhere=True
+            lambda: files.verify_files(path, part=rank, num_parts=world),
+            "read",
+            path,
+            everywhere=True,
         )
         _check_model(about, trainable, path)
         progress = _progress_from(about["progress"], path)
@@ -159,38 +161,29 @@ class Checkpoints:
         files.write_json(partial / files.ABOUT, about)
         (partial / files.CONFIG).write_text(self._description.config_yaml)
 
-    def _publish(
-        self, partial: Path, target: Path, sums: files.FileSums, progress: Progress
-    ) -> None:
+    def _publish(self, partial: Path, target: Path, sums: files.FileSums, *, is_best: bool) -> None:
         files.write_checksums(partial, sums)
         if target.exists():  # newer than what the run was resumed from, so not the latest
             shutil.rmtree(target)
         partial.rename(target)
         files.mark(self.folder, files.LATEST, target)
-        if progress.best_iteration == progress.iteration:
+        if is_best:
             files.mark(self.folder, files.BEST, target)
         files.delete_old(self.folder, target, keep_last=self._keep_last)
 
-    def _not_written(self, target: Path, error: BaseException) -> str:
+    def _not_written(self, problem: str) -> str:
+        if dist.get_rank() == 0:
+            for partial in self.folder.glob("iter_*.partial"):  # gives the room back
+                shutil.rmtree(partial, ignore_errors=True)
         previous = self.latest()
         kept = f"{previous.name} is complete" if previous else "there is no earlier one"
         return (
-            f"{target} could not be written: {_reason(error)}. {kept}; make room or repair the "
+            f"{self._target} could not be written: {problem}. {kept}; make room or repair the "
             "disk, then start the same command again to go on from there"
         )
 
 
-def _reason(error: BaseException) -> str:
-    """The writers' own errors out of torch's CheckpointException; rank 0 has them all."""
-    failures = getattr(error, "failures", None)
-    if failures:
-        return "; ".join(f"rank {rank}: {failure[0]}" for rank, failure in failures.items())
-    return f"{type(error).__name__}: {error}"
-
-
-def _together(
-    work: Callable[[], Any], done: str, path: Path, *, everywhere: bool = False
-) -> Any:
+def _together(work: Callable[[], Any], done: str, path: Path, *, everywhere: bool = False) -> Any:
     """Work on rank 0 (or everywhere); an error on one rank becomes the same error on all."""
     result, problem = None, None
     if everywhere or dist.get_rank() == 0:
