@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 from megatron_sod.config.schema import SodConfig
 from megatron_sod.data.batch import build_training_batch
@@ -25,7 +26,6 @@ from megatron_sod.scoring.credit import assign_credit, distill_coef
 from megatron_sod.scoring.score import score
 from megatron_sod.scoring.screen import screen
 from megatron_sod.session import Session, open_session
-from megatron_sod.train.checkpoint import Progress
 from megatron_sod.train.loss import EXACT_LOSSES
 from megatron_sod.train.update import update
 from megatron_sod.types import (
@@ -83,23 +83,23 @@ def run_iteration(session: Session) -> dict[str, float]:
         update_metrics = update(session, batch, credits, scores)
     with clock("transfer"):
         update_metrics |= _transfer(session, session.progress.policy_version + 1)
-    session.progress = Progress(
+    session.progress = replace(
+        session.progress,
         iteration=iteration,
         policy_version=session.progress.policy_version + 1,
         num_prompts_drawn=session.progress.num_prompts_drawn + config.train.train_batch_size,
         num_optimizer_steps=session.progress.num_optimizer_steps + len(batch.mini_batches),
-        config_hash=session.progress.config_hash,
     )
     with clock("record"):
         metrics = _record(session, trajectories, batch, micro_batches, scores, credits, steps)
     metrics |= update_metrics
-    with clock("save"):
-        _save_if_due(session)
     with clock("eval"):
         _evaluate_if_due(session)
     metrics |= merge_telemetry(session.telemetry.collect())
     metrics |= clock.seconds()
-    _log(session, metrics)
+    # A checkpoint counts the iteration as done: its rows are on disk before.
+    _log(session, metrics | {"time/previous_save_s": session.last_save_s})
+    session.last_save_s = _save_if_due(session)
     return metrics
 
 
@@ -132,6 +132,7 @@ def _begin(session: Session) -> None:
 def _end(session: Session, *, wall_s: float) -> None:
     """Export the student, write the report and the summary."""
     config = session.config
+    session.checkpoints.finish()
     if config.train.export_hf:
         student = session.student
         export_hf(student.model, student.geometry, session.run_dir.hf, config.student.path)
@@ -230,21 +231,36 @@ def _record(
     return rollout | credit_metrics(records)
 
 
-def _save_if_due(session: Session) -> None:
-    train, iteration = session.config.train, session.progress.iteration
-    if iteration % train.save_interval == 0 or iteration == train.num_iterations:
-        session.checkpoints.save(session.student, session.progress)
+def _save_if_due(session: Session) -> float:
+    """Begin a checkpoint; the seconds training waited for it."""
+    train, progress, begin = session.config.train, session.progress, time.monotonic()
+    is_due = progress.iteration % train.save_interval == 0
+    if (
+        is_due
+        or progress.iteration == train.num_iterations
+        or progress.best_iteration == progress.iteration
+    ):
+        session.checkpoints.save(session.student, progress)
+    return time.monotonic() - begin
 
 
 def _evaluate_if_due(session: Session) -> None:
+    """Evaluate the student on time, and remember whether it is the best so far."""
     train, iteration = session.config.train, session.progress.iteration
     due = train.eval_interval and iteration % train.eval_interval == 0
     due = due or iteration == train.num_iterations
-    if session.eval_prompts and due and session.config.rollout.replay is None:
-        from_rank0(
-            lambda: _note(session, _evaluate(session, "student")),
-            timeout_s=session.config.rollout.timeout_s,
-        )
+    if not session.eval_prompts or not due or session.config.rollout.replay is not None:
+        return
+
+    def work() -> float:
+        result = _evaluate(session, "student")
+        _note(session, result)
+        return result.success
+
+    success = from_rank0(work, timeout_s=session.config.rollout.timeout_s)
+    best = session.progress.best_success
+    if best is None or success > best:
+        session.progress = replace(session.progress, best_success=success, best_iteration=iteration)
 
 
 def _evaluate(session: Session, model: str) -> EvalResult:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megatron_sod.config.load import config_hash, to_yaml
+from megatron_sod.config.load import config_hash
 from megatron_sod.config.schema import ModelConfig, SodConfig
 from megatron_sod.data.chat_parity import check_same_chat
 from megatron_sod.data.order import PromptOrder
@@ -60,7 +60,7 @@ class Session:
     recording: Recording | None = None  # where rollouts are kept, or come from in a replay
     controller: RolloutController | None = None
     teacher_controller: RolloutController | None = None
-    last_metrics: dict[str, float] = field(default_factory=dict)
+    last_save_s: float = 0.0  # how long the newest save held training up
 
     @property
     def is_main(self) -> bool:
@@ -91,7 +91,7 @@ def open_session(config: SodConfig) -> Iterator[Session]:
         checkpoints = Checkpoints(
             run_dir.checkpoints,
             keep_last=config.train.keep_last,
-            description=Description(to_yaml(config), versions()),
+            description=Description(config.model_dump(mode="json"), versions()),
         )
         closing.callback(checkpoints.close)
         resume_from = _resume_from(config, checkpoints)
@@ -116,8 +116,8 @@ def open_session(config: SodConfig) -> Iterator[Session]:
         progress = Progress(0, 0, 0, 0, config_hash(config))
         if resume_from is not None:
             progress = checkpoints.load(student, resume_from)
-            for line in differences(resume_from, config):
-                say(line)
+            for line in checkpoints.changes_since(resume_from):
+                say(f"since the checkpoint: {line}")
         if controller is not None:
             controller.wait_until_ready("student engines")
         sync = None

@@ -39,15 +39,9 @@ class RunDir:
         return self.path / "hf"
 
     def prepare(self, config: SodConfig) -> None:
-        """Create the folder; store the configuration and versions, say what changed on resume."""
+        """Create the folder; store the configuration and versions."""
         self.path.mkdir(parents=True, exist_ok=True)
-        stored = self.path / "config.yaml"
-        text = to_yaml(config)
-        if stored.is_file() and stored.read_text() != text:
-            before, after = stored.read_text().splitlines(), text.splitlines()
-            for line in sorted(set(after) ^ set(before)):
-                say(f"configuration differs from the stored one: {line.strip()}")
-        stored.write_text(text)
+        (self.path / "config.yaml").write_text(to_yaml(config))
         self.write_json("versions.json", {**versions(), "config_hash": config_hash(config)})
 
     def move_previous_aside(self) -> None:
@@ -75,7 +69,9 @@ class RunDir:
         for name in ("metrics.jsonl", "evals.jsonl", "trajectories.jsonl"):
             kept = [row for row in self.rows(name) if row.get("iteration", 0) <= iteration]
             if kept or (self.path / name).is_file():
-                (self.path / name).write_text("".join(json.dumps(row) + "\n" for row in kept))
+                partial = self.path / (name + ".partial")
+                partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
+                partial.rename(self.path / name)  # a kill in between must not lose what is kept
         for part in (self.path / "steps.parquet").glob("iter_*.parquet"):
             if int(part.stem.removeprefix("iter_")) > iteration:
                 part.unlink()

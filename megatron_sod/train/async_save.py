@@ -89,6 +89,14 @@ def _snapshot(buckets: list) -> list:
     return copies
 
 
+def _root(error: BaseException) -> BaseException:
+    """The operating system's word for it; torch's zip writer hides it behind its own."""
+    found: BaseException | None = error
+    while found is not None and not isinstance(found, OSError):
+        found = found.__cause__ or found.__context__
+    return found or error
+
+
 class SaveUnderWay:
     """A checkpoint being written to `folder`. Constructed by all ranks."""
 
@@ -136,7 +144,7 @@ class SaveUnderWay:
         try:
             mine = (*self._job.write(), None)
         except Exception as error:
-            mine = [], {}, f"rank {rank}: {error}"
+            mine = [], {}, f"rank {rank}: {_root(error)}"
         shares: list[Any] = [None] * world
         dist.all_gather_object(shares, mine, group=self._group)
         problems = [problem for _, _, problem in shares if problem]
@@ -146,6 +154,6 @@ class SaveUnderWay:
                 self._job.complete([results for results, _, _ in shares], self._folder)
                 self._publish({name: s for _, sums, _ in shares for name, s in sums.items()})
             except Exception as error:
-                outcome = [f"rank 0: {error}"]
+                outcome = [f"rank 0: {_root(error)}"]
         dist.broadcast_object_list(outcome, src=0, group=self._group)
         return outcome[0]

@@ -7,6 +7,7 @@ RUN/checkpoints/best               the one whose evaluation was best; kept whate
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable
@@ -15,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+import yaml
 from megatron.core import dist_checkpointing, parallel_state
 
+from megatron_sod.config.compare import changes
 from megatron_sod.errors import CheckpointError
 from megatron_sod.train import checkpoint_files as files
 from megatron_sod.train.async_save import SaveUnderWay
@@ -28,10 +31,12 @@ from megatron_sod.train.checkpoint_state import (
 )
 from megatron_sod.train.trainable import Trainable
 
+_CLOSE_TIMEOUT_S = 60.0
+
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands after an iteration. New fields need defaults: old checkpoints lack them."""
+    """Where a run stands after an iteration. New fields need defaults, for older checkpoints."""
 
     iteration: int  # finished iterations
     policy_version: int  # optimizer-made versions of the student so far
@@ -46,7 +51,7 @@ class Progress:
 class Description:
     """What travels with the tensors for people and for the checks on resume."""
 
-    config_yaml: str = ""
+    config: dict[str, Any] = field(default_factory=dict)  # resolved
     versions: dict[str, str] = field(default_factory=dict)
 
 
@@ -73,18 +78,26 @@ class Checkpoints:
         An earlier save is waited for first.
         """
         self.finish()
-        partial, target = self._folder(progress, ".partial"), self._folder(progress)
-        _together(lambda: self._prepare(partial, trainable, progress), "prepared", partial)
+        self._target = self.folder / files.folder_name(progress.iteration)
+        partial = self._target.with_suffix(".partial")
+        _together(lambda: self._prepare(partial), "prepared", partial)
+        about = {
+            "format": files.FORMAT,
+            "format_version": files.FORMAT_VERSION,
+            "progress": asdict(progress),
+            "layout": _layout(),
+            "model": asdict(trainable.geometry),
+            "versions": self._description.versions,
+        }
         state = sharded_state(trainable, is_loading=False)
         state["random_state"] = sharded_random_state()
-        is_best = progress.best_iteration == progress.iteration
-        self._target = target
         self._pending = SaveUnderWay(
-            state,
-            partial,
-            self._group,
-            lambda sums: self._publish(partial, target, sums, is_best=is_best),
+            state, partial, self._group, lambda sums: self._publish(partial, about, sums)
         )
+
+    @property
+    def is_writing(self) -> bool:
+        return self._pending is not None and not self._pending.is_done
 
     @property
     def has_failed(self) -> bool:
@@ -142,32 +155,38 @@ class Checkpoints:
             files.mark(self.folder, files.LATEST, path)
         return progress
 
-    def _folder(self, progress: Progress, suffix: str = "") -> Path:
-        return self.folder / (files.folder_name(progress.iteration) + suffix)
+    def changes_since(self, path: str | Path) -> list[str]:
+        """What differs between the stored and the present configuration and versions."""
+        stored = yaml.safe_load((Path(path) / files.CONFIG).read_text()) or {}
+        versions = files.read_about(Path(path))["versions"]
+        return [
+            *changes(stored, self._description.config),
+            *(f"version of {line}" for line in changes(versions, self._description.versions)),
+        ]
 
-    def _prepare(self, partial: Path, trainable: Trainable, progress: Progress) -> None:
-        """An empty folder with what can be said already; leftovers of killed saves go."""
+    def close(self) -> None:
+        """On the way out after an error: let a checkpoint being written appear if it can."""
+        with contextlib.suppress(CheckpointError):
+            self.finish(_CLOSE_TIMEOUT_S)
+
+    def _prepare(self, partial: Path) -> None:
+        """An empty folder; leftovers of killed saves go."""
         for stale in self.folder.glob("iter_*.partial"):
             shutil.rmtree(stale)
         partial.mkdir(parents=True)
-        about = {
-            "format": files.FORMAT,
-            "format_version": files.FORMAT_VERSION,
-            "progress": asdict(progress),
-            "layout": _layout(),
-            "model": asdict(trainable.geometry),
-            "versions": self._description.versions,
-        }
-        files.write_json(partial / files.ABOUT, about)
-        (partial / files.CONFIG).write_text(self._description.config_yaml)
 
-    def _publish(self, partial: Path, target: Path, sums: files.FileSums, *, is_best: bool) -> None:
+    def _publish(self, partial: Path, about: dict[str, Any], sums: files.FileSums) -> None:
+        """Describe and seal the written folder, then make it the latest. Runs in the thread."""
+        files.write_json(partial / files.ABOUT, about)
+        (partial / files.CONFIG).write_text(yaml.safe_dump(self._description.config))
         files.write_checksums(partial, sums)
+        target = partial.with_suffix("")
         if target.exists():  # newer than what the run was resumed from, so not the latest
             shutil.rmtree(target)
         partial.rename(target)
         files.mark(self.folder, files.LATEST, target)
-        if is_best:
+        progress = about["progress"]
+        if progress["best_iteration"] == progress["iteration"]:
             files.mark(self.folder, files.BEST, target)
         files.delete_old(self.folder, target, keep_last=self._keep_last)
 

@@ -22,9 +22,10 @@ def sharded_state(trainable: Trainable, *, is_loading: bool) -> dict[str, Any]:
     """Model and optimizer, readable in any layout."""
     if is_loading:
         _allocate_optimizer_state(trainable)
-    model_state = trainable.model.sharded_state_dict(metadata=_METADATA)
+    metadata = dict(_METADATA)  # Megatron adds its process group
+    model_state = trainable.model.sharded_state_dict(metadata=metadata)
     optimizer_state = trainable.optimizer.sharded_state_dict(
-        model_state, is_loading=is_loading, metadata=_METADATA
+        model_state, is_loading=is_loading, metadata=metadata
     )
     return {"model": model_state, "optimizer": optimizer_state}
 
@@ -43,11 +44,11 @@ def sharded_random_state() -> ShardedObject:
 
 
 def _random_state() -> dict[str, Any]:
-    name, keys, position, has_gauss, cached = np.random.get_state()
+    name, keys, *rest = np.random.get_state(legacy=True)
     state: dict[str, Any] = {
         "torch": torch.get_rng_state(),
         "python": random.getstate(),
-        "numpy": (name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached),
+        "numpy": (name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest),
         "megatron": tensor_parallel.get_cuda_rng_tracker().get_states(),
     }
     if torch.cuda.is_available():
@@ -72,9 +73,11 @@ def _allocate_optimizer_state(trainable: Trainable) -> None:
     """
     for part in _parts(trainable):
         initialise = getattr(part, "_init_optimizer_states_with_dummy_values", None)
-        if initialise is not None and not part.optimizer.state:
+        if initialise is None:
+            continue
+        if not part.optimizer.state:
             initialise()
-            part._set_main_param_and_optimizer_states = partial(_set_states, part)
+        part._set_main_param_and_optimizer_states = partial(_set_states, part)
 
 
 def _set_states(part: Any, model_param: Any, tensors: dict) -> None:

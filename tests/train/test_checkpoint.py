@@ -6,6 +6,10 @@ run: tests/end_to_end.
 
 from __future__ import annotations
 
+import random
+import threading
+
+import numpy as np
 import pytest
 import torch
 
@@ -34,6 +38,18 @@ def test_progress_and_retention(outcome):
     assert outcome["kept"] == ["iter_000001", "iter_000002", "latest"]
 
 
+def test_parameters_changed_right_after_a_save_are_not_in_it(outcome):
+    """The writing thread works from copies: on CPU, staged tensors would be the live ones."""
+    assert outcome["was_writing"], "the change came after the write: the test says nothing"
+    assert all(
+        torch.equal(outcome["at_save"][n], outcome["reloaded"][n]) for n in outcome["at_save"]
+    )
+
+
+def test_random_generators_continue_where_they_stood(outcome):
+    assert outcome["drawn_resumed"] == outcome["drawn"]
+
+
 def test_a_folder_that_is_no_checkpoint_is_refused_by_name(outcome):
     assert "not a complete checkpoint" in outcome["refused"]
 
@@ -42,24 +58,27 @@ def _save_and_continue(model_dir: str, folder: str) -> dict:
     from pathlib import Path
 
     from megatron_sod.errors import CheckpointError
-    from megatron_sod.model.weights import gather_hf_tensors
+    from megatron_sod.train import async_save
     from megatron_sod.train.checkpoint import Checkpoints, Progress
 
-    def weights(trainable):
-        tensors = gather_hf_tensors(trainable.model, trainable.geometry)
-        return {name: tensor.clone() for name, tensor in tensors}
-
+    gate = _hold_writers(async_save)
     trainable, loss_fn, batches = _trainable(model_dir)
     checkpoints = Checkpoints(folder, keep_last=2)
     for iteration in range(3):
         trainable.step(batches[iteration : iteration + 1], loss_fn)
         if iteration < 2:
             done = iteration + 1
+            at_save = _weights(trainable)
             checkpoints.save(trainable, Progress(done, done, 16 * done, done, "hash"))
-            at_save = weights(trainable)
-    undisturbed = weights(trainable)
+            drawn = _draw()
+            was_writing = checkpoints.is_writing
+        else:
+            gate.set()
+            checkpoints.finish()
+    undisturbed = _weights(trainable)
     trainable, loss_fn, batches = _trainable(model_dir, initialise=False)
     progress = checkpoints.load(trainable, checkpoints.latest())
+    reloaded, drawn_resumed = _weights(trainable), _draw()
     trainable.step(batches[2:3], loss_fn)
     try:
         checkpoints.load(trainable, model_dir)
@@ -68,8 +87,12 @@ def _save_and_continue(model_dir: str, folder: str) -> dict:
         refused = str(error)
     return {
         "undisturbed": undisturbed,
-        "resumed": weights(trainable),
+        "resumed": _weights(trainable),
         "at_save": at_save,
+        "was_writing": was_writing,
+        "reloaded": reloaded,
+        "drawn": drawn,
+        "drawn_resumed": drawn_resumed,
         "progress": (
             progress.iteration,
             progress.policy_version,
@@ -79,6 +102,36 @@ def _save_and_continue(model_dir: str, folder: str) -> dict:
         "kept": sorted(path.name for path in Path(folder).iterdir()),
         "refused": refused,
     }
+
+
+def _hold_writers(async_save) -> threading.Event:
+    """The second save's files are written only once the returned event is set."""
+    gate, write, calls = threading.Event(), async_save._Job.write, []
+
+    def held(job):
+        calls.append(job)
+        if len(calls) > 1:
+            assert gate.wait(60)
+        return write(job)
+
+    async_save._Job.write = held
+    return gate
+
+
+def _weights(trainable) -> dict[str, torch.Tensor]:
+    from megatron_sod.model.weights import gather_hf_tensors
+
+    tensors = gather_hf_tensors(trainable.model, trainable.geometry)
+    return {name: tensor.clone() for name, tensor in tensors}
+
+
+def _draw() -> list[float]:
+    """From every generator a checkpoint holds; advances them."""
+    from megatron.core import tensor_parallel
+
+    with tensor_parallel.get_cuda_rng_tracker().fork():
+        megatron = float(torch.rand(1))
+    return [float(torch.rand(1)), random.random(), float(np.random.rand()), megatron]
 
 
 def _trainable(model_dir: str, *, initialise: bool = True):
