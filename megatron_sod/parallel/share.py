@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
 from megatron_sod.errors import PeerFailed
+from megatron_sod.parallel.status import STATUS
 
 Result = TypeVar("Result")
 _POLL_S = 0.05
@@ -33,7 +34,8 @@ def from_rank0(work: Callable[[], Result], *, timeout_s: float) -> Result:
     holder: list = [None]
     if dist.get_rank() == 0:
         try:
-            holder[0] = work()
+            with STATUS.may_take(timeout_s):
+                holder[0] = work()
         except BaseException as error:
             store.set(key, f"error {type(error).__name__}: {error}"[:2000])
             raise

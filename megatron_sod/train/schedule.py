@@ -12,6 +12,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 
 from megatron_sod.parallel.cpu import device
+from megatron_sod.parallel.status import STATUS
 from megatron_sod.types import MicroBatch
 
 # (hidden states of the last stage, micro-batch, its number) -> (loss sum, rows, values to collect)
@@ -43,6 +44,7 @@ def _run(model, micro_batches: Sequence[MicroBatch], fn, *, forward_only: bool) 
 
     def forward_step(iterator, model_chunk):
         number, batch = next(iterator)
+        STATUS.at_micro_batch(number + 1, len(micro_batches))
         batch = to_device(batch)
         hidden = model_chunk(
             batch.token_ids, batch.position_ids, None, packed_seq_params=_packed_params(batch)
