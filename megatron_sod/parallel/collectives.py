@@ -42,6 +42,7 @@ _NAMES = {
     "recv_anysource": "recv",
 }
 _counts: Counter[str] = Counter()
+_members: dict[str, str] = {}
 _is_installed = False
 
 
@@ -82,23 +83,15 @@ def _noting(method, name: str):
     return noting
 
 
-@functools.cache
-def _ranks_of(name: str) -> str:
-    groups = {group.group_name: ranks for group, ranks in _world().items()}
-    return ",".join(str(rank) for rank in sorted(groups.get(name, ())))
-
-
-def _world() -> dict[dist.ProcessGroup, dict[int, int]]:
-    from torch.distributed.distributed_c10d import _world as world
-
-    return world.pg_group_ranks
-
-
 def _ranks(group: dist.ProcessGroup) -> str:
-    try:
-        return _ranks_of(group.group_name)
-    except Exception:  # a group of torch's own making
-        return ""
+    """ "0,1"; empty for a group torch made for itself."""
+    name = group.group_name
+    if name not in _members:
+        try:
+            _members[name] = ",".join(str(r) for r in dist.get_process_group_ranks(group))
+        except (KeyError, ValueError):
+            _members[name] = ""
+    return _members[name]
 
 
 def _first_tensor(value: Any) -> torch.Tensor | None:

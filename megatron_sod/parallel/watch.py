@@ -39,7 +39,7 @@ class Watch:
     def __init__(self, run_dir: str | Path, *, stall_timeout_s: float):
         self._run_dir, self._timeout_s = Path(run_dir), stall_timeout_s
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
-        self._store = _get_default_store().clone()
+        self._store = _get_default_store().clone()  # type: ignore[attr-defined]
         self._interval_s = min(1.0, stall_timeout_s / 10)
         self._heard: dict[int, tuple[int, float]] = {}  # rank -> (beat, when it was first seen)
         self._beat, self._last_line = 0, 0.0

@@ -25,10 +25,11 @@ from megatron_sod.model.build import build_model
 from megatron_sod.model.geometry import load_geometry
 from megatron_sod.model.weights import export_hf, has_weights, load_hf_weights
 from megatron_sod.observe.progress import progress, say
+from megatron_sod.observe.run_dir import versions
 from megatron_sod.ops import differentiable_divergence
 from megatron_sod.parallel import state
 from megatron_sod.parallel.cpu import device
-from megatron_sod.train.checkpoint import Checkpoints, Progress
+from megatron_sod.train.checkpoint import Checkpoints, Description, Progress
 from megatron_sod.train.trainable import Trainable
 from megatron_sod.types import MicroBatch
 
@@ -65,6 +66,7 @@ def run_sft(config: SftConfig) -> dict[str, float]:
                 saver.log({"step": step, "epoch": _epoch(config, step, len(items)), **metrics})
             if step % config.train.save_interval == 0 or step == num_steps:
                 saver.save(step)
+    saver.finish()
     metrics["wall_s"] = time.monotonic() - started
     export_hf(model, geometry, config.out, config.student.path)
     return metrics
@@ -130,7 +132,9 @@ class _Saver:
         if self._folder is not None:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._checkpoints = Checkpoints(
-                self._folder / "checkpoints", keep_last=config.train.keep_last
+                self._folder / "checkpoints",
+                keep_last=config.train.keep_last,
+                description=Description(config.model_dump(mode="json"), versions()),
             )
 
     def resume(self) -> int:
@@ -143,6 +147,8 @@ class _Saver:
             return 0
         done = self._checkpoints.load(self._trainable, path).iteration
         say(f"resumed after step {done}")
+        for line in self._checkpoints.changes_since(path):
+            say(f"since the checkpoint: {line}")
         return done
 
     def save(self, step: int) -> None:
@@ -151,6 +157,10 @@ class _Saver:
             self._checkpoints.save(
                 self._trainable, Progress(step, 0, drawn, step, config_hash(self._config))
             )
+
+    def finish(self) -> None:
+        if self._checkpoints is not None:
+            self._checkpoints.finish()
 
     def log(self, row: dict[str, float]) -> None:
         if self._folder is not None and dist.get_rank() == 0:
