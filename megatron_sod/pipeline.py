@@ -97,8 +97,9 @@ def run_iteration(session: Session) -> dict[str, float]:
         _evaluate_if_due(session)
     metrics |= merge_telemetry(session.telemetry.collect())
     metrics |= clock.seconds()
-    # A checkpoint counts the iteration as done: its rows are on disk before.
-    _log(session, metrics | {"time/previous_save_s": session.last_save_s})
+    # A checkpoint counts the iteration as done: its rows are on disk before, with what the save
+    # before this one cost.
+    _log(session, metrics | {"time/save_s": session.last_save_s})
     session.last_save_s = _save_if_due(session)
     return metrics
 
