@@ -7,7 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sod.config.load import config_hash, load_config, load_sft_config, to_yaml
+from megatron_sod.config.load import (
+    config_hash,
+    load_config,
+    load_eval_config,
+    load_sft_config,
+    to_yaml,
+)
 from megatron_sod.config.schema import SftConfig, SodConfig
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -15,7 +21,8 @@ FILES = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name != "
 
 
 def _load(path: Path) -> SftConfig | SodConfig:
-    return load_sft_config(path) if path.name.startswith("sft_") else load_config(path)
+    load = {"sft": load_sft_config, "eval": load_eval_config}
+    return load.get(path.name.partition("_")[0], load_config)(path)
 
 
 def test_both_kinds_of_configuration_are_present():

@@ -39,8 +39,52 @@ def load_sft_config(path: str | Path, overrides: list[str] | None = None) -> Sft
     return _load(path, overrides, SftConfig)
 
 
+def load_eval_config(
+    path: str | Path | None,
+    overrides: list[str] | None = None,
+    *,
+    model: str | None = None,
+    data: list[str] | None = None,
+    num_samples: int | None = None,
+) -> SodConfig:
+    """The same for tools/evaluate.py; the keys only training needs are filled in.
+
+    `model`, `data` and `num_samples` win over the file.
+    """
+    given: dict = {}
+    if model is not None:
+        given["student"] = {"path": model}
+    if data:
+        given["data"] = {"eval": data}
+    if num_samples is not None:
+        given["eval"] = {"num_samples": num_samples}
+    layers = [
+        OmegaConf.create(_NOT_TRAINED),
+        _read_with_defaults(Path(path), seen=()) if path else OmegaConf.create({}),
+        OmegaConf.create(given),
+        _parse_overrides(overrides or []),
+    ]
+    config = _validated(path or "evaluation", layers, SodConfig)
+    if not config.data.eval:
+        raise ConfigError(
+            "nothing to evaluate on: give --data FILE..., or data.eval in the configuration"
+        )
+    return config
+
+
+_NOT_TRAINED = {
+    "method": "grpo",
+    "data": {"train": ["unused"]},
+    "train": {"num_iterations": 1, "tokens_per_micro_batch": 1 << 30},
+}
+
+
 def _load(path: str | Path, overrides: list[str] | None, schema: type[Schema]) -> Schema:
     layers = [_read_with_defaults(Path(path), seen=()), _parse_overrides(overrides or [])]
+    return _validated(path, layers, schema)
+
+
+def _validated(path: str | Path, layers: list[DictConfig], schema: type[Schema]) -> Schema:
     try:
         merged = OmegaConf.merge(*layers)
         assert isinstance(merged, DictConfig)

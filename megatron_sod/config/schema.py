@@ -254,6 +254,11 @@ class EvalConfig(Section):
     temperature: float = Field(1.0, gt=0)
     top_p: float = Field(0.6, gt=0, le=1)
     teacher: bool = Field(False, description="also evaluate the teacher, once, before training")
+    seeds: list[int] = Field([0], min_length=1, description="tools/evaluate.py: repeated for each")
+    limit: int | None = Field(None, gt=0, description="tools/evaluate.py: first so many prompts")
+    prompts_per_round: int = Field(
+        32, gt=0, description="tools/evaluate.py: prompts sampled together, then written"
+    )
 
 
 class WatchdogConfig(Section):

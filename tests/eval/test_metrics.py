@@ -3,12 +3,19 @@
 Layer: pure. Which trajectories are counted: tests/eval/test_runner.py.
 """
 
+import collections
 import itertools
 import math
 
 import pytest
 
-from megatron_sod.eval.metrics import mean, pass_at_k, wilson_interval
+from megatron_sod.eval.metrics import (
+    bootstrap_interval,
+    maj_at_k,
+    mean,
+    pass_at_k,
+    wilson_interval,
+)
 
 
 @pytest.mark.parametrize(
@@ -83,3 +90,65 @@ def test_pass_at_k_beyond_the_samples_is_refused(k):
 
 def test_means():
     assert mean([1.0, 2.0, 6.0]) == 3.0 and mean([]) == 0.0
+
+
+def _majority_by_enumeration(answers: list[str], k: int) -> float:
+    """Every subset of k, literally; "right" is the right answer, "" does not vote."""
+    won = []
+    for chosen in itertools.combinations(answers, k):
+        votes = collections.Counter(a for a in chosen if a)
+        most = max(votes.values(), default=0)
+        winners = [a for a, n in votes.items() if n == most]
+        won.append(winners.count("right") / len(winners) if winners else 0.0)
+    return sum(won) / len(won)
+
+
+TABLES = [
+    ["right"],
+    ["wrong"],
+    [""],
+    ["right", "wrong"],
+    ["right", "", "", ""],
+    ["right", "right", "a", "a", "b"],
+    ["right", "a", "b", "c", "d", ""],
+    ["right"] * 3 + ["a"] * 3 + ["b"] * 2 + [""],
+    ["right"] * 2 + ["a"] * 4 + ["b"] * 2 + ["c"],
+    ["a", "a", "b", ""],
+]
+
+
+@pytest.mark.parametrize("answers", TABLES, ids=" ".join)
+def test_majority_equals_enumeration_of_every_subset(answers):
+    counts = collections.Counter(answers)
+    right, empty = counts.pop("right", 0), counts.pop("", 0)
+    wrong = tuple(sorted(counts.values()))
+    for k in range(1, len(answers) + 1):
+        expected = _majority_by_enumeration(answers, k)
+        assert maj_at_k(right, wrong, empty, k) == pytest.approx(expected, abs=1e-12)
+
+
+def test_majority_of_one_is_the_average_and_of_all_is_the_vote():
+    assert maj_at_k(3, (2, 5), 2, 1) == pytest.approx(3 / 12)
+    assert maj_at_k(5, (5,), 2, 12) == 0.5  # a tie, split
+    assert maj_at_k(6, (5,), 21, 32) == 1.0  # empty answers do not vote
+
+
+def test_thirty_two_scattered_samples_are_counted_exactly():
+    # one right and 31 different wrong answers: every draw of 2 with the right one is a tie of two
+    assert maj_at_k(1, (1,) * 31, 0, 2) == pytest.approx((31 / 496) / 2)
+    assert maj_at_k(1, (1,) * 31, 0, 32) == pytest.approx(1 / 32)
+
+
+@pytest.mark.parametrize("k", [0, 4])
+def test_majority_beyond_the_samples_is_refused(k):
+    with pytest.raises(ValueError, match="k must lie in 1..3"):
+        maj_at_k(1, (1,), 1, k)
+
+
+def test_bootstrap_intervals_follow_the_spread_between_prompts():
+    assert bootstrap_interval([0.5] * 9) == (0.5, 0.5)
+    low, high = bootstrap_interval([0.0, 1.0] * 200)
+    # standard error of 400 coin flips: 0.025; 95 % is +-0.049
+    assert low == pytest.approx(0.451, abs=0.01) and high == pytest.approx(0.549, abs=0.01)
+    assert bootstrap_interval([0.0, 1.0] * 200) == (low, high)  # the same every time
+    assert bootstrap_interval([]) == (0.0, 1.0)

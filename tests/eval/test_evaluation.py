@@ -1,0 +1,194 @@
+"""An evaluation's folder: what is kept, what is done again, and what refuses to be mixed.
+
+Layers: pure, with scripted trajectories; then, marked dist, the real command on real engines.
+"""
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_sod.config.load import load_eval_config
+from megatron_sod.data.tiny_models import STUDENT, write_tiny_model
+from megatron_sod.errors import ConfigError, DataError
+from megatron_sod.eval.evaluation import Folder, eval_prompts, run_samples
+from megatron_sod.eval.protocol import model_fingerprint, protocol, protocol_hash
+from megatron_sod.types import Step, Trajectory
+from tests.helpers.launch import ROOT
+from tests.helpers.tokenizers import tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("model")
+    write_tiny_model(folder, **STUDENT)
+    return str(folder)
+
+
+def _config(model, *overrides):
+    return load_eval_config(
+        None, ["data.tools_in_prompt=false", *overrides], model=model,
+        data=["tiny_world:heldout:5"], num_samples=3,
+    )  # fmt: skip
+
+
+class Sampler:
+    """Answers every prompt rightly in its first sample and with 0 in the others."""
+
+    def __init__(self, fail_after: int | None = None):
+        self.asked: list[tuple[str, str]] = []
+        self._fail_after = fail_after
+
+    def __call__(self, prompts, tag, num_samples):
+        found = []
+        for prompt in prompts:
+            if self._fail_after is not None and len(self.asked) == self._fail_after:
+                raise KeyboardInterrupt
+            self.asked.append((tag, prompt.prompt_id))
+            for number in range(num_samples):
+                text = prompt.answer if number == 0 else "0"
+                found.append(_answered(prompt, tag, number, text))
+        return found
+
+
+def _answered(prompt, tag, number, text) -> Trajectory:
+    ids = tiny_tokenizer()(f"\\boxed{{{text}}}<|im_end|>")["input_ids"]
+    return Trajectory(
+        trajectory_id=f"{prompt.prompt_id}/{tag}/{number}",
+        prompt_id=prompt.prompt_id,
+        prompt_token_ids=prompt.token_ids,
+        response_token_ids=ids,
+        loss_mask=[True] * len(ids),
+        step_ids=[1] * len(ids),
+        rollout_logprobs=[0.0] * len(ids),
+        policy_versions=[0] * len(ids),
+        steps=(Step(1, "none", len(ids)),),
+        finish_reason="answer",
+        reward=float(text == prompt.answer),
+        policy_version=0,
+    )
+
+
+def _run(config, out, sampler):
+    folder = Folder(out, config, eval_prompts(config))
+    run_samples(folder, folder.todo(), sampler)
+    return folder.finish()
+
+
+def test_every_prompt_is_sampled_for_every_seed_and_reported(model, tmp_path):
+    sampler = Sampler()
+    report = _run(_config(model, "eval.seeds=[0,7]", "eval.prompts_per_round=2"), tmp_path, sampler)
+    assert len(sampler.asked) == 10 == len(set(sampler.asked))
+    assert {tag for tag, _ in sampler.asked} == {"eval-seed0", "eval-seed7"}
+    overall = report["overall"]
+    assert overall["avg@3"] == pytest.approx(1 / 3) and overall["pass"]["3"] == 1.0
+    assert overall["maj"]["3"] == 0.0 and len(overall["per_seed"]) == 2
+    stored = json.loads((tmp_path / "report.json").read_text())
+    assert stored["overall"] == overall and len(stored["protocol_hash"]) == 12
+    rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").open()]
+    assert len(rows) == 30 and {row["prediction"] for row in rows} > {"0"}
+
+
+def test_an_evaluation_that_was_killed_goes_on_where_it_stood(model, tmp_path):
+    config = _config(model, "eval.prompts_per_round=1")
+    with pytest.raises(KeyboardInterrupt):
+        _run(config, tmp_path, Sampler(fail_after=2))
+    samples = tmp_path / "samples.jsonl"
+    whole = samples.read_text()
+    # the kill came in the middle of the second prompt's lines
+    samples.write_text("".join(whole.splitlines(keepends=True)[:5])[:-20])
+    second = Sampler()
+    report = _run(config, tmp_path, second)
+    assert len(second.asked) == 4  # all but the first
+    assert report["overall"]["num_graded"] == 15
+    third = Sampler()
+    again = _run(config, tmp_path, third)
+    assert third.asked == [] and again["overall"] == report["overall"]
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["eval.temperature=0.7", "rollout.max_turns=3", "sandbox.timeout_s=7", "eval.limit=4"],
+)
+def test_a_folder_of_another_protocol_is_refused(model, tmp_path, override):
+    _run(_config(model), tmp_path, Sampler())
+    with pytest.raises(DataError, match="samples of protocol_hash"):
+        _run(_config(model, override), tmp_path, Sampler())
+
+
+def test_a_folder_of_another_model_is_refused(model, tmp_path):
+    _run(_config(model), tmp_path / "out", Sampler())
+    other = tmp_path / "other"
+    write_tiny_model(other, **{**STUDENT, "num_hidden_layers": 3})
+    assert model_fingerprint(other) != model_fingerprint(model)
+    with pytest.raises(DataError, match="samples of model_fingerprint"):
+        _run(_config(str(other)), tmp_path / "out", Sampler())
+
+
+def test_the_protocol_does_not_depend_on_the_model_or_on_where_files_lie(model, tmp_path):
+    copies = []
+    for name in ("a", "b"):
+        path = tmp_path / name / "tasks.jsonl"
+        path.parent.mkdir()
+        path.write_text('{"prompt": "1+1", "answer": "2"}\n')
+        config = load_eval_config(None, [], model=model, data=[str(path)])
+        copies.append(protocol_hash(protocol(config, eval_prompts(config))))
+    assert copies[0] == copies[1]
+    prompts = eval_prompts(_config(model))
+    changed = [replace(prompts[0], answer="x"), *prompts[1:]]
+    config = _config(model)
+    assert protocol_hash(protocol(config, changed)) != protocol_hash(protocol(config, prompts))
+
+
+def test_defaults_are_the_papers_sampling(model):
+    config = load_eval_config(None, [], model=model, data=["x.jsonl"])
+    assert (config.eval.num_samples, config.eval.temperature, config.eval.top_p) == (32, 1.0, 0.6)
+    assert config.rollout.max_turns == 16
+
+
+def test_no_data_is_refused(model):
+    with pytest.raises(ConfigError, match="nothing to evaluate on"):
+        load_eval_config(None, [], model=model)
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.skipif("SOD_SHARED_DATA" not in os.environ, reason="SOD_SHARED_DATA is not set")
+def test_real_rows_the_real_tokenizer_and_a_random_model_run_to_the_end(tmp_path):
+    import subprocess
+    import sys
+
+    from tests.end_to_end.test_tiny_run import _write_real_vocabulary_model
+
+    data = Path(os.environ["SOD_SHARED_DATA"])
+    _write_real_vocabulary_model(tmp_path / "model", data)
+    _add_weights(tmp_path / "model")
+    command = [sys.executable, "tools/evaluate.py", "--model", str(tmp_path / "model")]
+    command += ["--data", str(data / "gsm8k_test.jsonl"), "--num-samples", "2"]
+    command += ["--out", str(tmp_path / "out"), "eval.limit=6", "rollout.max_response_length=64"]
+    command += ["rollout.max_turns=2", "rollout.max_prompt_length=700"]
+    command += ["rollout.max_observation_length=32", "eval.prompts_per_round=4"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    numbers = report["sources"]["gsm8k"]
+    assert numbers["num_prompts"] == 6 and numbers["num_graded"] == 12
+    assert "| gsm8k" in done.stderr
+
+
+def _add_weights(directory: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    from megatron_sod.convert.layout import hf_shapes
+    from megatron_sod.model.geometry import load_geometry
+
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        name: torch.randn(shape, generator=generator) * 0.02 + ("norm" in name)
+        for name, shape in hf_shapes(load_geometry(directory)).items()
+    }
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
