@@ -14,8 +14,9 @@ from megatron_sod.config.schema import SodConfig
 from megatron_sod.data.batch import build_training_batch
 from megatron_sod.eval.runner import EvalResult, evaluate
 from megatron_sod.model.weights import export_hf
+from megatron_sod.observe.live_view import TrainingView, training_view
 from megatron_sod.observe.metrics import credit_metrics, rollout_metrics
-from megatron_sod.observe.progress import progress, say
+from megatron_sod.observe.progress import say
 from megatron_sod.observe.records import local_records, merge_records
 from megatron_sod.observe.summary import finish_run
 from megatron_sod.observe.telemetry import merge_telemetry
@@ -42,20 +43,19 @@ def train(config: SodConfig) -> None:
     """Run the whole job a configuration describes."""
     with open_session(config) as session:
         started = time.monotonic()
-        _begin(session)
         total = config.train.num_iterations
-        with progress(
-            config.name, total, unit="iteration", start=session.progress.iteration
-        ) as bar:
+        with training_view(config.name, total, start=session.progress.iteration) as session.view:
+            session.view.phase("evaluation before training")
+            _begin(session)
             while session.progress.iteration < total:
                 metrics = run_iteration(session)
-                bar.update(session.progress.iteration, **_shown(metrics))
+                session.view.update(session.progress.iteration, metrics)
         _end(session, wall_s=time.monotonic() - started)
 
 
 def run_iteration(session: Session) -> dict[str, float]:
     """One round of on-policy distillation; the metrics, complete on rank 0."""
-    config, clock = session.config, _Clock()
+    config, clock = session.config, _Clock(session.view)
     iteration = session.progress.iteration + 1
     with clock("rollout"):
         trajectories = _roll_out(session, iteration)
@@ -279,6 +279,7 @@ def _evaluate(session: Session, model: str) -> EvalResult:
 def _note(session: Session, result: EvalResult) -> None:
     session.run_dir.append("evals.jsonl", result.as_dict())
     low, high = result.interval
+    session.view.evaluated(result.model, result.success, result.interval)
     say(
         f"{result.model} after iteration {result.iteration}: success {result.success:.1%} "
         f"[{low:.1%}, {high:.1%}] on {result.num_prompts} held-out tasks"
@@ -291,25 +292,16 @@ def _log(session: Session, metrics: dict[str, float]) -> None:
         session.run_dir.append("metrics.jsonl", row)
 
 
-def _shown(metrics: dict[str, float]) -> dict[str, float | str]:
-    names = {
-        "reward": "rollout/reward_mean",
-        "w": "sod/w_mean",
-        "d": "sod/d_mean",
-        "grad_norm": "actor/grad_norm",
-        "s/it": "time/total_s",
-    }
-    return {short: metrics[name] for short, name in names.items() if name in metrics}
-
-
 class _Clock:
-    """Wall seconds per phase."""
+    """Wall seconds per phase, and the phase for those who watch."""
 
-    def __init__(self) -> None:
+    def __init__(self, view: TrainingView) -> None:
+        self._view = view
         self._started, self._phases = time.monotonic(), dict[str, float]()
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
+        self._view.phase(phase)
         begin = time.monotonic()
         yield
         self._phases[f"time/{phase}_s"] = time.monotonic() - begin

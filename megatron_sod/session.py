@@ -24,6 +24,8 @@ from megatron_sod.model.build import HiddenStateGPT, build_model
 from megatron_sod.model.geometry import Geometry, layout_problems, load_geometry
 from megatron_sod.model.parity import check_same_vocabulary
 from megatron_sod.model.weights import has_weights, load_hf_weights
+from megatron_sod.observe import terminal
+from megatron_sod.observe.live_view import TrainingView
 from megatron_sod.observe.progress import say
 from megatron_sod.observe.run_dir import RunDir, versions
 from megatron_sod.observe.telemetry import Telemetry
@@ -31,7 +33,7 @@ from megatron_sod.parallel import state
 from megatron_sod.reshard.canary import canary_sequences, trainer_logprobs
 from megatron_sod.reshard.sync import WeightSync
 from megatron_sod.rollout.controller import RolloutController
-from megatron_sod.rollout.ray_instance import stop_ray
+from megatron_sod.rollout.ray_instance import log_folder, stop_ray
 from megatron_sod.rollout.recording import Recording
 from megatron_sod.rollout.worker import make_chat
 from megatron_sod.train.checkpoint import Checkpoints, Description, Progress
@@ -61,6 +63,7 @@ class Session:
     controller: RolloutController | None = None
     teacher_controller: RolloutController | None = None
     last_save_s: float = 0.0  # how long the newest save held training up
+    view: TrainingView = field(default_factory=TrainingView)
 
     @property
     def is_main(self) -> bool:
@@ -100,8 +103,12 @@ def open_session(config: SodConfig) -> Iterator[Session]:
             if resume_from is None:
                 run_dir.move_previous_aside()
             run_dir.prepare(config)
+        dist.barrier()  # the folder is the new run's own
+        log = run_dir.logs / f"rank_{dist.get_rank()}.log"
+        closing.enter_context(terminal.others_into(log))
         if dist.get_rank() == 0 and config.rollout.replay is None:
             closing.callback(stop_ray)
+            closing.callback(lambda: terminal.keep_worker_logs(Path(log_folder()), run_dir.logs))
             controller = RolloutController(config, config.student, load_weights=False)
             closing.callback(controller.close)
             if config.eval.teacher and config.teacher and not _teacher_is_evaluated(run_dir):

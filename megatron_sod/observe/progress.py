@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 import time
 from collections.abc import Iterator
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from megatron_sod.observe import terminal
 
 LINE_EVERY_S = 5.0
 
@@ -21,14 +22,16 @@ def is_main_process() -> bool:
 def say(message: str) -> None:
     """One line for the person watching; printed by rank 0 only."""
     if is_main_process():
-        print(message, file=sys.stderr, flush=True)
+        terminal.write_line(message)
 
 
 class _Silent:
     def update(self, done: int, **values: float | str) -> None: ...
 
 
-class _Lines(_Silent):
+class Lines(_Silent):
+    """A line every few seconds, and one at the end: for files and pipes."""
+
     def __init__(self, title: str, total: int, unit: str, start: int):
         self._title, self._total, self._unit, self._start = title, total, unit, start
         self._started = self._last = time.monotonic()
@@ -68,8 +71,8 @@ def progress(title: str, total: int, *, unit: str = "item", start: int = 0) -> I
     """
     if not is_main_process():
         yield _Silent()
-    elif not sys.stderr.isatty():
-        yield _Lines(title, total, unit, start)
+    elif not terminal.stream().isatty():
+        yield Lines(title, total, unit, start)
     else:
         columns = (
             TextColumn("{task.description}"),
@@ -78,5 +81,6 @@ def progress(title: str, total: int, *, unit: str = "item", start: int = 0) -> I
             TimeRemainingColumn(),
             TextColumn("{task.fields[values]}"),
         )
-        with Progress(*columns, console=Console(stderr=True)) as bar:
+        console = Console(file=terminal.stream())
+        with Progress(*columns, console=console) as bar, terminal.owned_by(console):
             yield _Bar(bar, title, total, start)

@@ -38,6 +38,11 @@ class RunDir:
     def hf(self) -> Path:
         return self.path / "hf"
 
+    @property
+    def logs(self) -> Path:
+        """What other packages print: one file per trainer rank and per worker."""
+        return self.path / "logs"
+
     def prepare(self, config: SodConfig) -> None:
         """Create the folder; store the configuration and versions."""
         self.path.mkdir(parents=True, exist_ok=True)

@@ -73,7 +73,7 @@ def test_a_terminal_gets_a_bar(monkeypatch):
             return True
 
     screen = Terminal()
-    monkeypatch.setattr(module.sys, "stderr", screen)
+    monkeypatch.setattr(module.terminal.sys, "stderr", screen)
     with progress("train", 4) as bar:
         bar.update(4, loss=0.5)
     assert "train" in screen.getvalue() and "4/4" in screen.getvalue()
