@@ -50,6 +50,7 @@ def train(config: SodConfig) -> None:
             while session.progress.iteration < total:
                 metrics = run_iteration(session)
                 session.view.update(session.progress.iteration, metrics)
+            session.view.phase("finished")
         _end(session, wall_s=time.monotonic() - started)
 
 

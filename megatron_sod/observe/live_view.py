@@ -140,15 +140,20 @@ class _PanelView(TrainingView):
                 ),
             )
         if speed := tokens_per_s(metrics):
-            yield "speed", f"{speed:,.0f} tokens/s, {duration(metrics['time/total_s'])}/iteration"
+            yield "speed", f"{speed:,.0f} tokens/s, {duration(iteration_s(metrics))} per iteration"
         if memory := describe_memory(metrics):
             yield "memory", memory
 
 
 def tokens_per_s(metrics: Metrics) -> float:
-    """Rollout tokens over the wall time of the whole iteration; 0 when unknown."""
-    seconds = metrics.get("time/total_s", 0.0)
+    """Rollout tokens over the wall time of an iteration without evaluation; 0 when unknown."""
+    seconds = iteration_s(metrics)
     return metrics.get("rollout/tokens", 0.0) / seconds if seconds > 0 else 0.0
+
+
+def iteration_s(metrics: Metrics) -> float:
+    """Wall seconds of an iteration, without the evaluation that some have."""
+    return metrics.get("time/total_s", 0.0) - metrics.get("time/eval_s", 0.0)
 
 
 def failed_tools(metrics: Metrics) -> float | None:

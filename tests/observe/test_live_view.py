@@ -26,7 +26,8 @@ METRICS = {
     "tool/ok_rate": 0.9,
     "tool/user_error_rate": 0.1,
     "actor/grad_norm": 1.5,
-    "time/total_s": 8.0,
+    "time/total_s": 10.0,
+    "time/eval_s": 2.0,
     "memory/host_rss_sum_gb": 1.25,
     "memory/gpu_used_max_gb": 61.0,
 }
@@ -69,7 +70,7 @@ def test_the_panel_shows_what_matters(clock):
         "0.500",
         "0.750",
         "2.5 calls per trajectory, 10.0% failed, 0.0% of trajectories lost",
-        "2,500 tokens/s, 8.0 s/iteration",
+        "2,500 tokens/s, 8.0 s per iteration",
         "trainers 1.2 GB of host memory, fullest GPU 61.0 GB",
     ):
         assert words in text, words
@@ -96,7 +97,7 @@ def test_a_file_gets_plain_lines(clock, capsys):
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 4
     assert lines[0] == (
-        "demo: iteration 1/4, reward 0.5, w 0.75, d 0.25, grad_norm 1.5, s/it 8, "
+        "demo: iteration 1/4, reward 0.5, w 0.75, d 0.25, grad_norm 1.5, s/it 10, "
         "tokens/s 2500, failed tools 10.0%; 24 s left"
     )
 
