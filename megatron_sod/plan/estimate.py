@@ -13,7 +13,12 @@ from dataclasses import dataclass
 
 from megatron_sod.plan.job import Job, PlannedModel
 from megatron_sod.plan.parameters import active_layer_parameters
-from megatron_sod.plan.traffic import gradient_traffic, pass_traffic, transfer_bytes
+from megatron_sod.plan.traffic import (
+    gradient_traffic,
+    hidden_traffic,
+    pass_traffic,
+    transfer_bytes,
+)
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,7 @@ def phase_times(
         score = _pass_s(job, job.student, "score", tokens, rows, context)
         if job.teacher is not None:
             score += _pass_s(job, job.teacher, "score", tokens, rows, context)
+            score += hidden_traffic(job) / _bandwidth(job, "PP", job.teacher.parallel)
         score += job.hardware.score_overhead_s
     train = _pass_s(job, job.student, "train", tokens, rows, context)
     train += _gradient_s(job) + work.num_optimizer_steps * job.hardware.train_overhead_s

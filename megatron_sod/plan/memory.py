@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_sod.config.schema import ParallelConfig
 from megatron_sod.plan.hardware import RESERVE_BYTES, SLEEPING_ENGINE_BYTES
 from megatron_sod.plan.job import Job, PlannedModel
 from megatron_sod.plan.parameters import rank_parameters, total_parameters
-from megatron_sod.plan.roles import Role, engine_gpus, expert_tensor_size
+from megatron_sod.plan.roles import Role, data_parallel_size, expert_tensor_size
 
 PHASES = ("rollout", "score", "train", "transfer", "save")
 STATISTICS_BYTES = 64  # per row: what scoring and credit keep beside the logits
@@ -63,6 +64,8 @@ def _resident(job: Job, stage: Stage) -> Components:
         model = job.teacher
         held = rank_parameters(model.geometry, model.parallel, stage.teacher_pp).total
         teacher = held * model.element_bytes
+        if _is_apart(job) and _is_last(job.student, stage.pp):
+            teacher += _head_bytes(model, job.student)
     reserve = RESERVE_BYTES if job.hardware.memory_bytes else 0
     return {
         "reserve": reserve,
@@ -104,8 +107,11 @@ def _tokens(job: Job, model: PlannedModel) -> float:
 
 
 def logit_bytes(job: Job, model: PlannedModel, rows: float) -> int:
-    """One model's logits of `rows` rows on one rank of its last stage."""
-    tp = model.parallel.tensor_model_parallel_size
+    """One model's logits of `rows` rows, on a rank of the student's last stage.
+
+    The teacher's head is split there as the student's is.
+    """
+    tp = job.student.parallel.tensor_model_parallel_size
     columns = model.geometry.padded_vocab_size(tp) // tp
     return round(rows * columns * model.element_bytes)
 
@@ -124,8 +130,8 @@ def _score(job: Job, stage: Stage) -> Components:
     if _is_last(job.student, stage.pp):
         components["logits"] = sum(logit_bytes(job, model, rows) for model, _ in models)
         components["op buffers"] = _op_buffers(job, rows)
-        components["teacher hidden"] = _teacher_hidden(job)
         components["scores"] = round(STATISTICS_BYTES * _rows_of_rank(job))
+    components["teacher hidden"] = _teacher_hidden(job, stage)
     return components
 
 
@@ -138,24 +144,38 @@ def _train(job: Job, stage: Stage) -> Components:
         logits = logit_bytes(job, model, rows)
         if job.teacher is not None and job.keeps_teacher_hidden:
             logits += logit_bytes(job, job.teacher, rows)
-            components["teacher hidden"] = _teacher_hidden(job)
+            components["teacher hidden"] = _kept_hidden(job, job.student.parallel)
         components["logits"] = logits
-        components["op buffers"] = _op_buffers(job, rows) + _head_gradient(model)
+        components["op buffers"] = _op_buffers(job, rows) + _head_bytes(model, model)
         components["scores"] = round(STATISTICS_BYTES * _rows_of_rank(job))
     return components
 
 
+def _is_apart(job: Job) -> bool:
+    """The teacher has a layout of its own; its hidden states travel to the student's last stage."""
+    return job.teacher is not None and job.teacher.parallel != job.student.parallel
+
+
 def _rows_of_rank(job: Job) -> float:
-    ranks = job.dp_size * job.student.parallel.context_parallel_size
-    return job.workload.rows / ranks if job.rollout is not None else 0.0
+    """Loss rows of an iteration on one data-parallel rank: the mean, not the worst case."""
+    return job.workload.rows / job.dp_size if job.rollout is not None else 0.0
 
 
-def _teacher_hidden(job: Job) -> int:
-    """Of all the iteration's loss rows on this data-parallel rank: the mean, not the worst case."""
+def _teacher_hidden(job: Job, stage: Stage) -> int:
+    """Of all the iteration's loss rows: where they are made, and where the student's head is."""
     if job.teacher is None:
         return 0
-    width = job.teacher.geometry.hidden_size * job.teacher.element_bytes
-    return round(_rows_of_rank(job) * width)
+    at_student = _is_last(job.student, stage.pp)
+    at_teacher = _is_apart(job) and _is_last(job.teacher, stage.teacher_pp)
+    kept = _kept_hidden(job, job.student.parallel) if at_student else 0
+    return kept + (_kept_hidden(job, job.teacher.parallel) if at_teacher else 0)
+
+
+def _kept_hidden(job: Job, parallel: ParallelConfig) -> int:
+    """Teacher hidden states of one data-parallel rank's rows."""
+    assert job.teacher is not None, "there is a teacher"
+    rows = job.workload.rows / data_parallel_size(job.world_size, parallel)
+    return round(rows * job.teacher.geometry.hidden_size * job.teacher.element_bytes)
 
 
 def _op_buffers(job: Job, rows: float) -> int:
@@ -163,9 +183,10 @@ def _op_buffers(job: Job, rows: float) -> int:
     return round(rows * (PARTIAL_SUMS_BYTES * (tp + 1) + STATISTICS_BYTES))
 
 
-def _head_gradient(model: PlannedModel) -> int:
-    """The head's gradient before it is added to the gradient buffer."""
-    tp = model.parallel.tensor_model_parallel_size
+def _head_bytes(model: PlannedModel, split_like: PlannedModel) -> int:
+    """A shard of an output head: the teacher's copy, or the student's gradient before it is added
+    to the gradient buffer."""
+    tp = split_like.parallel.tensor_model_parallel_size
     rows = model.geometry.padded_vocab_size(tp) // tp
     return rows * model.geometry.hidden_size * model.element_bytes
 
@@ -274,7 +295,3 @@ def engine_memory(job: Job) -> Components:
     """Of a GPU that only an engine uses (disaggregated placement)."""
     reserve = RESERVE_BYTES if job.hardware.memory_bytes else 0
     return {"reserve": reserve} | engine_components(job, Stage(0, 0, True))
-
-
-def num_engine_gpus(job: Job) -> int:
-    return engine_gpus(job.rollout) if job.rollout is not None else 0

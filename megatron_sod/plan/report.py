@@ -156,7 +156,7 @@ def _traffic_table(plan: Plan) -> Table:
     table.add_column("group")
     table.add_column("GB", justify="right")
     for group, size in plan.traffic.items():
-        table.add_row(GROUPS[group], f"{size / 1e9:.3g}")
+        table.add_row(GROUPS[group], f"{size / 1e9:,.3f}" if size < 1e9 else f"{size / 1e9:,.1f}")
     return table
 
 

@@ -17,6 +17,7 @@ GROUPS = {
     "CP": "context parallel",
     "EP": "expert parallel",
     "DP": "data parallel",
+    "hidden": "teacher's hidden states to the student's ranks",
     "weights": "weight transfer, all engines together",
 }
 
@@ -36,6 +37,7 @@ def iteration_traffic(job: Job) -> dict[str, float]:
         for group, size in pass_traffic(job, model, kind).items():
             sent[group] += size
     sent["DP"] = gradient_traffic(job)
+    sent["hidden"] = hidden_traffic(job)
     if job.rollout is not None:
         sent["weights"] = float(transfer_bytes(job))
     return {group: size for group, size in sent.items() if size}
@@ -91,6 +93,18 @@ def gradient_traffic(job: Job) -> float:
         second = model.element_bytes if job.use_distributed_optimizer else gradient_bytes
         total += elements * (gradient_bytes + second) * (ranks - 1) / ranks
     return job.workload.num_optimizer_steps * total
+
+
+def hidden_traffic(job: Job) -> float:
+    """Rows of hidden states a teacher of another layout sends from each rank of its last stage."""
+    teacher = job.teacher
+    if teacher is None or teacher.parallel == job.student.parallel:
+        return 0.0
+    student = job.student.parallel
+    receivers = student.tensor_model_parallel_size * student.context_parallel_size
+    row = teacher.geometry.hidden_size * teacher.element_bytes
+    senders = job.world_size // teacher.parallel.pipeline_model_parallel_size
+    return job.workload.rows * row * receivers / senders
 
 
 def transfer_bytes(job: Job) -> int:
