@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pydantic import BaseModel
 
 from megatron_sod.config.load import to_yaml
-from megatron_sod.errors import PeerFailed, SodError
+from megatron_sod.errors import ConfigError, PeerFailed, SodError
 
 _PATIENCE_S = 8.0
 _PEER_PATIENCE_S = 60.0
@@ -44,11 +44,26 @@ def run_training(doc: str | None, load: Callable[..., BaseModel], entry: str) ->
             return
         if arguments.dry_run:
             entry = "megatron_sod.plan.dry_run:dry_run"
+        else:
+            check_launch(config.cluster.world_size)  # type: ignore[attr-defined]
         # Megatron says at every import what it does without Transformer-Engine and Apex; the
         # doctor says it once.
         warnings.filterwarnings("ignore", module=r"megatron\.core|torch\.")
         module, _, function = entry.partition(":")
         getattr(importlib.import_module(module), function)(config)
+
+
+def check_launch(world_size: int) -> None:
+    """Raises ConfigError unless torchrun started as many ranks as the configuration counts on."""
+    started = os.environ.get("WORLD_SIZE")
+    launch = f"torchrun --standalone --nproc-per-node {world_size} {sys.argv[0]} --config ..."
+    if started is None:
+        raise ConfigError(f"this was not started by torchrun, so there are no ranks; use: {launch}")
+    if int(started) != world_size:
+        raise ConfigError(
+            f"torchrun started {started} ranks, but cluster.num_nodes x cluster.gpus_per_node is "
+            f"{world_size}; change cluster.gpus_per_node, or use: {launch}"
+        )
 
 
 class user_errors:

@@ -27,6 +27,9 @@ def load_tokenizer(model_dir: str | Path) -> Any:
 
         return load_sentencepiece(folder)
     try:
+        # Without files transformers would make an empty tokenizer out of config.json.
+        if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+            raise ValueError("no tokenizer.json")
         return AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
     except (OSError, ValueError) as error:
         raise ModelError(
