@@ -37,6 +37,7 @@ from megatron_sod.rollout.ray_instance import log_folder, stop_ray
 from megatron_sod.rollout.recording import Recording
 from megatron_sod.rollout.worker import make_chat
 from megatron_sod.train.checkpoint import Checkpoints, Description, Progress
+from megatron_sod.train.checkpoint_files import read_about
 from megatron_sod.train.trainable import Trainable
 from megatron_sod.types import Prompt
 
@@ -156,6 +157,8 @@ class Inputs:
     """Geometries, tokenizer and prompts, checked against each other and the configuration."""
 
     def __init__(self, config: SodConfig):
+        if config.train.resume not in ("auto", "never"):
+            read_about(Path(config.train.resume))
         self.student = load_geometry(config.student.path)
         problems = layout_problems(self.student, config.student.parallel, "student")
         self.tokenizer = load_tokenizer(config.student.path)
