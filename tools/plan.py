@@ -14,7 +14,7 @@ from megatron_sod.config.load import load_config
 from megatron_sod.plan.measured import comparison, read_run
 from megatron_sod.plan.picture import draw_iterations
 from megatron_sod.plan.report import print_comparison, print_what_if
-from megatron_sod.plan.scale import VARIANTS, gpus_of, what_if
+from megatron_sod.plan.scale import gpus_of, what_if
 
 
 def main() -> None:
@@ -52,9 +52,9 @@ def _doublings(first: int) -> list[int]:
 
 def picture_command(arguments: argparse.Namespace) -> None:
     config = load_config(arguments.config, arguments.overrides)
-    times = what_if(config, [gpus_of(config)], grow_batch=False)
-    labels = [f"{placement}, staleness {staleness}" for placement, staleness in VARIANTS]
-    print(draw_iterations(list(zip(labels, times, strict=True)), arguments.out))
+    found = what_if(config, [gpus_of(config)], grow_batch=False)
+    labelled = [(f"{times.placement}, staleness {times.staleness}", times) for times in found]
+    print(draw_iterations(labelled, arguments.out))
 
 
 def compare_command(arguments: argparse.Namespace) -> None:
