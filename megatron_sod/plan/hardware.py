@@ -61,5 +61,3 @@ HARDWARE = {hardware.name: hardware for hardware in _TABLE}
 
 # Held by the CUDA context, NCCL's buffers and the allocator's fragmentation on each GPU.
 RESERVE_BYTES = 4 * 2**30
-# What a sleeping engine keeps: its CUDA context, graphs and communicators.
-SLEEPING_ENGINE_BYTES = 2 * 2**30

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_sod.config.schema import ParallelConfig
-from megatron_sod.plan.hardware import RESERVE_BYTES, SLEEPING_ENGINE_BYTES
+from megatron_sod.plan.hardware import RESERVE_BYTES
 from megatron_sod.plan.job import Job, PlannedModel
 from megatron_sod.plan.parameters import rank_parameters, total_parameters
 from megatron_sod.plan.roles import Role, data_parallel_size, expert_tensor_size
@@ -42,11 +42,11 @@ def stage_memory(job: Job, stage: Stage) -> dict[str, Components]:
     """[phase][component] bytes on the GPU of a rank of this stage; zeros left out."""
     resident = _resident(job, stage)
     phases = {
-        "rollout": {**resident, **engine_components(job, stage)},
+        "rollout": resident,
         "score": resident | _score(job, stage),
         "train": resident | _train(job, stage),
-        "transfer": {**resident, **_asleep(job, stage), "transfer buckets": _bucket(job)},
-        "save": {**resident, **_asleep(job, stage), "checkpoint gather": _gather(job, stage)},
+        "transfer": {**resident, "transfer buckets": _bucket(job)},
+        "save": {**resident, "checkpoint gather": _gather(job, stage)},
     }
     if job.rollout is None:
         phases = {name: phases[name] for name in ("train", "save")}
@@ -57,7 +57,7 @@ def stage_memory(job: Job, stage: Stage) -> dict[str, Components]:
 
 
 def _resident(job: Job, stage: Stage) -> Components:
-    """Held in all phases: the trainer does not offload."""
+    """Held in all phases: neither does the trainer offload, nor does a colocated engine sleep."""
     weights, gradients, optimizer = training_state(job, stage.pp)
     teacher = 0
     if job.teacher is not None:
@@ -73,6 +73,7 @@ def _resident(job: Job, stage: Stage) -> Components:
         "gradients": gradients,
         "optimizer": optimizer,
         "teacher": teacher,
+        **engine_components(job, stage),
     }
 
 
@@ -126,7 +127,7 @@ def _score(job: Job, stage: Stage) -> Components:
         models.append((job.teacher, stage.teacher_pp))
     rows = _tokens(job, job.student)
     working = max(_working_set(model, _tokens(job, model)) for model, _ in models)
-    components = _asleep(job, stage) | {"activations": round(working)}
+    components = {"activations": round(working)}
     if _is_last(job.student, stage.pp):
         components["logits"] = sum(logit_bytes(job, model, rows) for model, _ in models)
         components["op buffers"] = _op_buffers(job, rows)
@@ -139,7 +140,7 @@ def _train(job: Job, stage: Stage) -> Components:
     model, rows = job.student, _tokens(job, job.student)
     kept = activation_bytes(model, _tokens(job, model), stage.pp)
     working = 2 * _working_set(model, _tokens(job, model))
-    components = _asleep(job, stage) | {"activations": round(kept + working)}
+    components = {"activations": round(kept + working)}
     if _is_last(model, stage.pp):
         logits = logit_bytes(job, model, rows)
         if job.teacher is not None and job.keeps_teacher_hidden:
@@ -233,7 +234,7 @@ def _working_set(model: PlannedModel, tokens: float) -> float:
 
 
 def engine_components(job: Job, stage: Stage) -> Components:
-    """What the engine on this GPU holds while it generates."""
+    """What the engine on this GPU holds, from its start on."""
     if job.rollout is None or not stage.has_engine:
         return {}
     weights, cache = engine_weights(job), kv_cache_bytes(job)
@@ -270,15 +271,6 @@ def kv_bytes_per_token(job: Job) -> float:
     heads = max(1.0, geometry.num_query_groups / tp)
     width = 4 if job.student.dtype == "float32" else 2
     return 2 * geometry.num_layers * heads * geometry.head_dim * width
-
-
-def _asleep(job: Job, stage: Stage) -> Components:
-    """A colocated engine frees weights and cache while the trainer works."""
-    if job.rollout is None or not stage.has_engine:
-        return {}
-    if job.hardware.memory_bytes is None:  # engines on CPU cannot sleep
-        return engine_components(job, stage)
-    return {"sleeping engine": SLEEPING_ENGINE_BYTES}
 
 
 def _bucket(job: Job) -> int:

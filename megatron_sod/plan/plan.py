@@ -135,7 +135,7 @@ def _does_not_fit(job: Job, phase: str, where: str, components: Components) -> s
     )
     named = ", ".join(f"{name} {components[name] / GIB:.1f}" for name in largest[:3])
     remedy = _REMEDIES[largest[0]]
-    if phase == "rollout" and "KV cache" in components:
+    if "KV cache" in components:
         remedy = _lower_utilization(job, components) or remedy
     return (
         f"{phase}: {where} needs {sum(components.values()) / GIB:.1f} GiB, a {job.hardware.name} "
