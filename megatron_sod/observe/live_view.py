@@ -101,7 +101,7 @@ class _PanelView(TrainingView):
         bar.add_column(no_wrap=True)
         bar.add_row(
             f"iteration {self._done}/{self._total}",
-            ProgressBar(total=max(self._total, 1), completed=self._done),
+            ProgressBar(total=max(self._total, 1), completed=self._done, complete_style="blue"),
             self._time_left(),
         )
         return Panel(Group(bar, rows), title=self._name, title_align="left", border_style="blue")

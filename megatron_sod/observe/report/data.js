@@ -24,7 +24,7 @@ class Run {
     this.name = meta.name;
     this.size = meta.ids.length;
     this.index = new Map(meta.ids.map((id, i) => [id, i]));
-    this.wrong = meta.outcomes.map((name) => !["ok", "none", "infra_error"].includes(name));
+    this.wrong = meta.is_wrong;
     this.weight = meta.config.distill?.step_weight ?? {};
   }
 

@@ -14,6 +14,7 @@ import numpy as np
 import yaml
 
 from megatron_sod.errors import DataError
+from megatron_sod.observe.metrics import ERROR_OUTCOMES
 from megatron_sod.observe.patterns import PATTERNS, RULES
 from megatron_sod.observe.report.step_table import StepTable, read_step_table
 from megatron_sod.observe.report.text_table import text_columns
@@ -73,6 +74,7 @@ def _labels(steps: StepTable) -> dict[str, Any]:
     return {
         "ids": steps.ids,
         "outcomes": steps.outcome_names,
+        "is_wrong": [name in ERROR_OUTCOMES for name in steps.outcome_names],
         "finish_reasons": steps.finish_names,
     }
 

@@ -4,10 +4,10 @@
 function stepsView(app) {
   const run = app.run;
   if (!run.size) return h("p", { class: "empty" }, "No steps were recorded in this run.");
-  const parts = run.d.some((d) => !Number.isNaN(d)) ? [mapsCard(run), ...profileCards(run)] : [
-    card("Divergence and weight", null,
-      h("p", { class: "note" }, "No teacher scored this run: there is no d_k and no w_k."))];
-  return h("div", {}, h("div", { class: "grid wide" }, parts),
+  const parts = run.d.some((d) => !Number.isNaN(d))
+    ? [mapsCard(run), h("div", { class: "grid wide" }, profileCards(run))]
+    : [card("Divergence and weight", "No teacher scored this run: there is no d_k and no w_k.")];
+  return h("div", {}, parts,
     h("h2", {}, "Patterns"), patternsSection(app));
 }
 
@@ -15,11 +15,12 @@ function mapsCard(run) {
   const d = byIterationAndStep(run, run.d), w = byIterationAndStep(run, run.w);
   const high = quantile(Array.from(run.d).filter((v) => !Number.isNaN(v)).sort((a, b) => a - b), 0.95);
   return card("Over time, by step", "mean per iteration; darker is more",
-    h("h4", {}, "divergence d_k, nats"),
-    heatMap("Mean divergence by iteration and step", d.columns, d.cells,
-      (value) => shade("--low", value / (high || 1))),
-    h("h4", {}, "weight w_k: orange below 1, blue above"),
-    heatMap("Mean weight by iteration and step", w.columns, w.cells, weightHue));
+    h("div", { class: "pair" },
+      h("div", {}, h("h4", {}, "divergence d_k, nats"),
+        heatMap("Mean divergence by iteration and step", d.columns, d.cells,
+          (value) => shade("--low", value / (high || 1)))),
+      h("div", {}, h("h4", {}, "weight w_k: orange below 1, blue above"),
+        heatMap("Mean weight by iteration and step", w.columns, w.cells, weightHue))));
 }
 
 function profileCards(run) {

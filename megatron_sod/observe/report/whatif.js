@@ -83,7 +83,7 @@ function whatIfResults(app) {
   mostChanged(app, w)];
 }
 
-/** Where the distillation signal sits: w_k n_k d_k is the sum of |advantage| over a step's tokens. */
+/** Where the distillation signal sits: w_k n_k d_k sums a step's weighted divergence over tokens. */
 function signalTable(run, w) {
   const numbers = stepNumbers(run);
   const sums = (weights) => {
@@ -103,7 +103,8 @@ function signalTable(run, w) {
   const cells = (write, i, difference = points) =>
     [write(a[i]), write(b[i]), isNumber(b[i]) ? signed(b[i] - a[i], difference) : "–"];
   return card("Where the signal sits",
-    "signal of a step: w_k × tokens × d_k, the sum of |w_k · log-ratio| over its tokens",
+    `signal of a step: w_k × tokens × d_k, the sum of ${run.weight.source === "reverse_kl"
+      ? "w_k · KL(student ‖ teacher)" : "|w_k · log-ratio|"} over its tokens`,
     table(["", "the run", "here", "change"], [
       ["signal, all steps, nats", ...cells(num, 0, num)],
       ["share in steps after the first", ...cells(percent, 1)],

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from megatron_sod.errors import DataError
+from megatron_sod.observe.metrics import ERROR_OUTCOMES
 from megatron_sod.observe.report.run_data import read_run
+from megatron_sod.scoring.credit import WRONG_OUTCOMES
 from tests.helpers.tokenizers import tiny_tokenizer
 from tests.observe.report import runs
 
@@ -32,6 +34,15 @@ def test_every_trajectory_and_step_is_there(run):
     assert [meta["outcomes"][o] for o in columns["outcome"][:2]] == ["user_error", "none"]
     assert [meta["patterns"][p] for p in columns["pattern"]] == ["erroneous"] * 3
     assert meta["notes"] == []
+
+
+def test_what_counts_as_wrong_is_what_the_trainer_counts(run):
+    assert set(ERROR_OUTCOMES) == WRONG_OUTCOMES
+    meta, _ = _read(run)
+    assert dict(zip(meta["outcomes"], meta["is_wrong"], strict=True)) == {
+        "user_error": True,
+        "none": False,
+    }
 
 
 def test_tokens_carry_what_both_models_said(run):
