@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 
 from megatron_sod.config.load import load_config
 from megatron_sod.config.schema import SodConfig
@@ -13,12 +14,12 @@ from megatron_sod.plan.hardware import HARDWARE, Hardware
 from megatron_sod.plan.simulate import IterationTimes, simulate
 
 PHASES = ("rollout", "score", "train", "transfer")
-WARM_UP = 1  # first iterations, left out of the means
+WARM_UP = 1  # first iterations, left out of the medians
 
 
 @dataclass(frozen=True)
 class MeasuredRun:
-    """A finished run: its configuration with the rollouts' measured sizes, and mean seconds."""
+    """A finished run: its configuration with the rollouts' measured sizes, and median seconds."""
 
     config: SodConfig
     seconds: dict[str, float]
@@ -44,19 +45,19 @@ def read_run(run_dir: str | Path) -> MeasuredRun:
         )
     rows = rows[WARM_UP:]
 
-    def mean(name: str) -> float:
-        return sum(row[name] for row in rows) / len(rows)
+    def middle(name: str) -> float:
+        return median(row[name] for row in rows)
 
     config = load_config(folder / "config.yaml")
-    response = mean("rollout/response_length")
+    response = middle("rollout/response_length")
     plan = config.plan.model_copy(
         update={
             "mean_response_share": response / config.rollout.max_response_length,
-            "observation_share": 1 - mean("rollout/student_tokens") / response,
-            "mean_turns": mean("rollout/num_turns"),
+            "observation_share": 1 - middle("rollout/student_tokens") / response,
+            "mean_turns": middle("rollout/num_turns"),
         }
     )
-    seconds = {phase: mean(f"time/{phase}_s") for phase in PHASES}
+    seconds = {phase: middle(f"time/{phase}_s") for phase in PHASES}
     return MeasuredRun(config.model_copy(update={"plan": plan}), seconds, len(rows))
 
 
