@@ -82,6 +82,8 @@ def run_iteration(session: Session) -> dict[str, float]:
         )
     with clock("train"):
         update_metrics = update(session, batch, credits, scores)
+    with clock("rollout"):
+        _finish_ahead(session)
     with clock("transfer"):
         update_metrics |= _transfer(session, session.progress.policy_version + 1)
     session.progress = replace(
@@ -110,9 +112,6 @@ def _begin(session: Session) -> None:
     _transfer(session, session.progress.policy_version)
     if session.is_main:
         session.run_dir.drop_after(session.progress.iteration)
-        if session.config.rollout.record:
-            assert session.recording is not None
-            session.recording.drop_after(session.progress.iteration)
     if session.progress.iteration:
         say(f"resumed after iteration {session.progress.iteration}")
     if session.config.rollout.replay is not None:
@@ -145,24 +144,17 @@ def _end(session: Session, *, wall_s: float) -> None:
 
 
 def _roll_out(session: Session, iteration: int) -> list[Trajectory]:
-    config = session.config
-    drawn = session.order.draw(session.progress.num_prompts_drawn, config.train.train_batch_size)
+    """This iteration's graded trajectories, on every rank; with staleness the next rollout begins
+    as soon as they are there."""
+    config, num_trained = session.config, session.progress.num_prompts_drawn
 
     def work() -> list[Trajectory]:
-        if session.controller is None:
-            assert session.recording is not None, "a session has engines or a recording"
-            trajectories = session.recording.read(iteration)
-        else:
-            trajectories = session.controller.rollout(
-                [session.prompts[index] for index in drawn],
-                tag=str(iteration),
-                num_generations=config.rollout.num_generations,
-                temperature=config.rollout.temperature,
-                top_p=1.0,
-            )
-            if session.recording is not None:
-                session.recording.write(iteration, trajectories)
+        assert session.rollouts is not None, "rank 0 has rollouts"
+        trajectories = session.rollouts.collect(iteration, num_trained)
         check_infrastructure(trajectories, config.watchdog)
+        if config.rollout.max_staleness and iteration < config.train.num_iterations:
+            after = num_trained + config.train.train_batch_size
+            session.rollouts.start_ahead(iteration + 1, after)
         return shape_rewards(
             trajectories,
             config.reward,
@@ -170,6 +162,17 @@ def _roll_out(session: Session, iteration: int) -> list[Trajectory]:
         )
 
     return from_rank0(work, timeout_s=config.rollout.timeout_s)
+
+
+def _finish_ahead(session: Session) -> None:
+    """Engines take new weights between rollouts, so one that runs ahead ends first."""
+
+    def work() -> None:
+        assert session.rollouts is not None, "rank 0 has rollouts"
+        session.rollouts.finish_ahead()
+
+    if session.config.rollout.max_staleness:
+        from_rank0(work, timeout_s=session.config.rollout.timeout_s)
 
 
 def _transfer(session: Session, policy_version: int) -> dict[str, float]:
@@ -212,7 +215,7 @@ def _record(
     credits: list[TokenCredit],
     steps: StepCredit | None,
 ) -> dict[str, float]:
-    local = None
+    local, rollout = None, session.config.rollout
     if session.makes_records:
         local = local_records(
             batch,
@@ -222,6 +225,7 @@ def _record(
             steps,
             iteration=session.progress.iteration,
             num_trajectories_kept=session.config.observe.num_trajectories_kept,
+            importance_cap=rollout.importance_cap if rollout.corrects_behaviour else None,
         )
     records = merge_records(local)
     if records is None:
@@ -229,8 +233,9 @@ def _record(
     session.run_dir.write_steps(session.progress.iteration, records.step_rows)
     for row in records.trajectory_rows:
         session.run_dir.append("trajectories.jsonl", row)
-    rollout = rollout_metrics(trajectories, num_text_ids=len(session.tokenizer))
-    return rollout | credit_metrics(records)
+    assert session.rollouts is not None, "rank 0 has rollouts"
+    measured = rollout_metrics(trajectories, num_text_ids=len(session.tokenizer))
+    return measured | session.rollouts.metrics | credit_metrics(records)
 
 
 def _save_if_due(session: Session) -> float:
@@ -305,7 +310,8 @@ class _Clock:
         self._view.phase(phase)
         begin = time.monotonic()
         yield
-        self._phases[f"time/{phase}_s"] = time.monotonic() - begin
+        key = f"time/{phase}_s"
+        self._phases[key] = self._phases.get(key, 0.0) + time.monotonic() - begin
 
     def seconds(self) -> dict[str, float]:
         return {**self._phases, "time/total_s": time.monotonic() - self._started}

@@ -35,6 +35,7 @@ from megatron_sod.reshard.sync import WeightSync
 from megatron_sod.rollout.controller import RolloutController
 from megatron_sod.rollout.ray_instance import log_folder, stop_ray
 from megatron_sod.rollout.recording import Recording
+from megatron_sod.rollout.source import LiveRollouts, RecordedRollouts, Rollouts
 from megatron_sod.rollout.worker import make_chat
 from megatron_sod.train.checkpoint import Checkpoints, Description, Progress
 from megatron_sod.train.checkpoint_files import read_about
@@ -53,14 +54,13 @@ class Session:
     prompts: list[Prompt]
     teacher_prompts: dict[str, list[int]] | None  # what a privileged teacher reads
     eval_prompts: list[Prompt]
-    order: PromptOrder
     run_dir: RunDir
     checkpoints: Checkpoints
     progress: Progress
     tokenizer: Any
     sync: WeightSync | None  # None in a replay: there are no engines
     telemetry: Telemetry
-    recording: Recording | None = None  # where rollouts are kept, or come from in a replay
+    rollouts: Rollouts | None = None  # on rank 0
     controller: RolloutController | None = None
     teacher_controller: RolloutController | None = None
     last_save_s: float = 0.0  # how long the newest save held training up
@@ -140,14 +140,13 @@ def open_session(config: SodConfig) -> Iterator[Session]:
             prompts=inputs.prompts,
             teacher_prompts=inputs.teacher_prompts,
             eval_prompts=inputs.eval_prompts,
-            order=PromptOrder(len(inputs.prompts), config.seed, config.data.shuffle),
             run_dir=run_dir,
             checkpoints=checkpoints,
             progress=progress,
             tokenizer=inputs.tokenizer,
             sync=sync,
             telemetry=telemetry,
-            recording=_recording(config, run_dir),
+            rollouts=_rollouts(config, inputs, run_dir, controller),
             controller=controller,
             teacher_controller=teacher_controller,
         )
@@ -221,10 +220,22 @@ def _teacher_is_evaluated(run_dir: RunDir) -> bool:
     return any(row["model"] == "teacher" for row in run_dir.rows("evals.jsonl"))
 
 
-def _recording(config: SodConfig, run_dir: RunDir) -> Recording | None:
+def _rollouts(
+    config: SodConfig, inputs: Inputs, run_dir: RunDir, controller: RolloutController | None
+) -> Rollouts | None:
+    """Rank 0's source of trajectories."""
+    if dist.get_rank() != 0:
+        return None
     if config.rollout.replay is not None:
-        return Recording(config.rollout.replay)
-    return Recording(run_dir.rollouts) if config.rollout.record else None
+        return RecordedRollouts(Recording(config.rollout.replay))
+    assert controller is not None, "rank 0 has a controller unless it replays"
+    return LiveRollouts(
+        controller.run,
+        inputs.prompts,
+        PromptOrder(len(inputs.prompts), config.seed, config.data.shuffle),
+        config,
+        Recording(run_dir.rollouts) if config.rollout.record else None,
+    )
 
 
 def _weight_sync(

@@ -133,6 +133,7 @@ class TokenCredit:
     advantages: torch.Tensor  # [R] GRPO part, plus the distillation part in sampled_advantage
     distill_weights: torch.Tensor  # [R] coefficient of the separate distillation term, >= 0
     log_ratios: torch.Tensor  # [R] teacher - student, clipped; 0 without a teacher
+    importance: torch.Tensor  # [R] pi / mu capped: student now over the engine that sampled; or 1
 
 
 @dataclass(frozen=True)

@@ -75,6 +75,11 @@ def _batches(config: SodConfig) -> Iterator[str]:
             f"train.tokens_per_micro_batch {train.tokens_per_micro_batch} is below the longest "
             f"trajectory, {parts} = {longest}; raise it"
         )
+    if rollout.partial_prompts > train.train_batch_size:
+        yield (
+            f"rollout.partial_prompts {rollout.partial_prompts} exceeds train.train_batch_size "
+            f"{train.train_batch_size}: what is carried over has to fit into the next iteration"
+        )
     if rollout.max_observation_length >= rollout.max_response_length:
         yield "rollout.max_observation_length must be below rollout.max_response_length"
 

@@ -169,7 +169,19 @@ class RolloutConfig(Section):
     max_prompt_length: int = Field(2560, gt=0, description="tokens")
     max_response_length: int = Field(20480, gt=0, description="tokens, observations included")
     max_observation_length: int = Field(512, gt=0, description="tokens kept of each tool result")
-    max_staleness: Literal[0] = Field(0, description="iterations a rollout may lag behind")
+    max_staleness: Literal[0, 1] = Field(
+        0, description="1: the next rollout runs while this one is trained on, one version behind"
+    )
+    correct_mismatch: bool = Field(
+        False, description="weigh losses by pi / mu without staleness too; always on with it"
+    )
+    partial_prompts: int = Field(
+        0,
+        ge=0,
+        description="prompts in flight beyond the batch; what is unfinished when the batch is "
+        "complete is interrupted and goes on in the next iteration with its weights",
+    )
+    importance_cap: float = Field(2.0, ge=1, description="of pi / mu per token")
     timeout_s: float = Field(1800, gt=0, description="one rollout phase at most")
     trajectory_timeout_s: float | None = Field(
         None, gt=0, description="one trajectory at most; what is cut so teaches nothing"
@@ -188,6 +200,11 @@ class RolloutConfig(Section):
         None, description="train on the rollouts of this folder; starts no engine and no sandbox"
     )
     engine: EngineConfig = EngineConfig()
+
+    @property
+    def corrects_behaviour(self) -> bool:
+        """Whether losses are weighed for having been sampled from another policy."""
+        return self.correct_mismatch or self.max_staleness > 0 or self.partial_prompts > 0
 
 
 class SandboxConfig(Section):

@@ -58,6 +58,7 @@ def credit_metrics(records: IterationRecords) -> dict[str, float]:
     metrics = {
         f"actor/{name}": value / rows for name, value in records.sums.items() if name != "rows"
     }
+    metrics |= {f"actor/{name}": value for name, value in records.maxima.items()}
     scored = [row for row in records.step_rows if row["w_k"] is not None]
     if not scored:
         return metrics

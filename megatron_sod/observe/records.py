@@ -5,7 +5,7 @@ Each data-parallel rank's last stage makes its own; rank 0 merges them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ class IterationRecords:
     step_rows: list[dict]
     trajectory_rows: list[dict]
     sums: dict[str, float]
+    maxima: dict[str, float] = field(default_factory=dict)
 
 
 def local_records(
@@ -38,12 +39,14 @@ def local_records(
     *,
     iteration: int,
     num_trajectories_kept: int,
+    importance_cap: float | None = None,
 ) -> IterationRecords:
-    """This rank's records."""
+    """This rank's records. `importance_cap`: None when losses are not weighed by importance."""
     return IterationRecords(
         _step_rows(batch, steps, iteration),
         _trajectory_rows(batch, micro_batches, scores, steps, iteration, num_trajectories_kept),
-        _sums(scores, credits),
+        _sums(micro_batches, scores, credits, importance_cap),
+        {} if importance_cap is None else _maxima(credits),
     )
 
 
@@ -61,6 +64,8 @@ def merge_records(local: IterationRecords | None) -> IterationRecords | None:
             merged.trajectory_rows += records.trajectory_rows
             for name, value in records.sums.items():
                 merged.sums[name] = merged.sums.get(name, 0.0) + value
+            for name, value in records.maxima.items():
+                merged.maxima[name] = max(merged.maxima.get(name, value), value)
     return merged
 
 
@@ -146,7 +151,18 @@ def _valid_values(values: torch.Tensor, valid: list[bool]) -> list[float | None]
     return [round(v, 5) if ok else None for v, ok in zip(values.tolist(), valid, strict=True)]
 
 
-def _sums(scores: list[TokenScores], credits: list[TokenCredit]) -> dict[str, float]:
+def _maxima(credits: list[TokenCredit]) -> dict[str, float]:
+    """Largest values over rows."""
+    largest = [float(c.importance.max()) for c in credits if c.importance.numel()]
+    return {"importance_max": max(largest)} if largest else {}
+
+
+def _sums(
+    micro_batches: list[MicroBatch],
+    scores: list[TokenScores],
+    credits: list[TokenCredit],
+    importance_cap: float | None,
+) -> dict[str, float]:
     """Sums over rows; divided by `rows` once all ranks are merged."""
     sums: dict[str, float] = {"rows": 0.0}
 
@@ -154,9 +170,14 @@ def _sums(scores: list[TokenScores], credits: list[TokenCredit]) -> dict[str, fl
         assert values is not None, f"{name} comes with a teacher"
         sums[name] = sums.get(name, 0.0) + float(values.double().sum())
 
-    for score, credit in zip(scores, credits, strict=True):
+    for micro_batch, score, credit in zip(micro_batches, scores, credits, strict=True):
         sums["rows"] += score.student_logprobs.numel()
         add("student_entropy", score.student_entropy)
+        sampled = micro_batch.rollout_logprobs.to(score.student_logprobs)
+        add("engine_gap", (score.student_logprobs - sampled).abs())
+        if importance_cap is not None:
+            add("importance", credit.importance)
+            add("importance_clipped", credit.importance > importance_cap * (1 - 1e-6))
         if score.teacher_logprobs is None:
             continue
         log_ratio = score.teacher_logprobs - score.student_logprobs

@@ -77,9 +77,10 @@ class RunDir:
                 partial = self.path / (name + ".partial")
                 partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
                 partial.rename(self.path / name)  # a kill in between must not lose what is kept
-        for part in (self.path / "steps.parquet").glob("iter_*.parquet"):
-            if int(part.stem.removeprefix("iter_")) > iteration:
-                part.unlink()
+        for folder in (self.path / "steps.parquet", self.rollouts):
+            for part in folder.glob("iter_*.parquet"):
+                if int(part.stem.removeprefix("iter_")) > iteration:
+                    part.unlink()
 
     def write_steps(self, iteration: int, rows: list[dict]) -> None:
         """One Parquet part per iteration; `steps.parquet` reads as one table."""

@@ -60,7 +60,7 @@ class Fleet:
         rollout = config.rollout
         self.weights: EngineWeights | None = None  # what the engines hold; None: from disk
         self.counts: Counter[str] = Counter()
-        self._num_restarts = 0
+        self._num_restarts, self._is_closing = 0, False
         self._lifelines: dict[Any, tuple[str, int]] = {}
         self._joining: dict[Any, int] = {}
         self.engines = [self._new_engine(i) for i in range(rollout.engine.num_engines)]
@@ -98,6 +98,8 @@ class Fleet:
         Raises:
             RolloutError: more died than rollout.max_restarts.
         """
+        if self._is_closing:
+            raise RolloutError("the run is ending; its rollout was given up")
         if event in self._joining:
             self._joined(event)
         elif event in self._lifelines:
@@ -200,7 +202,7 @@ class Fleet:
 
     def close(self) -> None:
         """End every actor and its processes."""
-        self._lifelines, self._joining = {}, {}
+        self._is_closing = True  # a rollout that runs ahead must not replace what ends here
         for actor, patience_s in [(a, 10) for a in self.workers] + [(a, 20) for a in self.engines]:
             with contextlib.suppress(ray.exceptions.RayError):
                 ray.get(actor.close.remote(), timeout=patience_s)

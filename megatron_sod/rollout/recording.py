@@ -43,12 +43,6 @@ class Recording:
                     "not recorded; lower train.num_iterations, or record with rollout.record=true"
                 )
 
-    def drop_after(self, iteration: int) -> None:
-        """Forget iterations a resumed run will do again."""
-        for path in self.folder.glob("iter_*.parquet"):
-            if int(path.stem.removeprefix("iter_")) > iteration:
-                path.unlink()
-
     def _path(self, iteration: int) -> Path:
         return self.folder / f"iter_{iteration:06d}.parquet"
 

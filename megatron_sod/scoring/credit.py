@@ -5,6 +5,8 @@ R rows of one micro-batch, N trajectories of this rank, K steps.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.distributed as dist
 
@@ -143,4 +145,14 @@ def _token_credit(
         log_ratios = torch.where(weights > 0, log_ratios, 0.0)
         if config.distill.loss == "sampled_advantage":
             advantages = advantages + weights * log_ratios
-    return TokenCredit(score.student_logprobs, advantages, weights, log_ratios)
+    importance = torch.ones_like(rows)
+    if config.rollout.corrects_behaviour:
+        importance = _importance(micro_batch, score, config.rollout.importance_cap)
+    return TokenCredit(score.student_logprobs, advantages, weights, log_ratios, importance)
+
+
+def _importance(micro_batch: MicroBatch, score: TokenScores, cap: float) -> torch.Tensor:
+    """[R] min(exp(s_t - mu_t), cap): how much likelier the student finds the token now than the
+    engine did when it sampled it. A constant: nothing is differentiated through it."""
+    log_ratio = score.student_logprobs - micro_batch.rollout_logprobs.to(score.student_logprobs)
+    return log_ratio.clamp(max=math.log(cap)).exp()

@@ -40,7 +40,7 @@ def make_loss_fn(
             clip_high=config.grpo.clip_high,
             dual_clip=config.grpo.dual_clip,
         )
-        loss_R = loss_R + _distillation(stats, credit, config)
+        loss_R = credit.importance * (loss_R + _distillation(stats, credit, config))
         count = torch.tensor(batch.rows.numel(), device=hidden.device)
         return loss_R.sum(), count, _collected(loss_R, stats, credit, config)
 

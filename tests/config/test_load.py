@@ -168,6 +168,7 @@ def test_a_missing_section_is_named_once_with_its_keys_to_come(write):
         (["rollout.placement=disaggregated"], "not supported yet"),
         (["method=grpo", "teacher=null", "eval.teacher=true"], "eval.teacher needs a teacher"),
         (["rollout.replay=x/rollouts", "rollout.record=true"], "exclude each other"),
+        (["rollout.partial_prompts=65"], "65 exceeds train.train_batch_size 64"),
         (["rollout.replay=runs/sod/rollouts"], "give the replay another `name`"),
         (["teacher.parallel.pipeline_model_parallel_size=1", "cluster.gpus_per_node=2",
           "student.parallel.pipeline_model_parallel_size=2"], "teacher.parallel must equal"),

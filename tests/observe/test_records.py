@@ -31,7 +31,7 @@ def parts():
     scores = [TokenScores(student, entropy, teacher, 2 * entropy, 3 * entropy, None)]
     ratios = (teacher - student).clamp(-10, 10)
     weights = torch.tensor([1.0, 1.0, 0.5, 1.0, 1.0])
-    credits = [TokenCredit(student, student, weights, ratios)]
+    credits = [TokenCredit(student, student, weights, ratios, torch.ones_like(student))]
     steps = StepCredit(
         torch.tensor([[0.5, 0.0], [15.125, 0.0]]),
         torch.tensor([[1.0, 0.5], [1.0, 0.0]]),

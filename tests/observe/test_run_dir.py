@@ -54,8 +54,11 @@ def test_rows_of_iterations_to_be_done_again_are_dropped(run):
             run.append(name, {"iteration": iteration})
     for iteration in (1, 2, 3):
         run.write_steps(iteration, [{"iteration": iteration, "step": 1}])
+        run.rollouts.mkdir(exist_ok=True)
+        (run.rollouts / f"iter_{iteration:06d}.parquet").touch()
     run.drop_after(2)
     assert not list(run.path.glob("*.partial"))
+    assert len(list(run.rollouts.iterdir())) == 2
     for name in ("metrics.jsonl", "evals.jsonl", "trajectories.jsonl"):
         assert [row["iteration"] for row in run.rows(name)] == [0, 1, 2]
     assert pyarrow.parquet.read_table(run.path / "steps.parquet")["iteration"].to_pylist() == [1, 2]

@@ -62,11 +62,3 @@ def test_a_damaged_file_is_named(tmp_path):
         recording.read(1)
     with pytest.raises(DataError, match="iter_000002.parquet"):
         recording.read(2)
-
-
-def test_iterations_a_resumed_run_does_again_are_dropped(tmp_path):
-    recording = Recording(tmp_path)
-    for iteration in (1, 2, 3):
-        recording.write(iteration, TRAJECTORIES)
-    recording.drop_after(1)
-    assert [path.name for path in tmp_path.iterdir()] == ["iter_000001.parquet"]
