@@ -3,6 +3,8 @@
 Layer: pure. Merging over real ranks: tests/train and tests/end_to_end.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -94,5 +96,18 @@ def test_without_a_teacher_there_are_rows_but_no_divergences(parts):
     alone = [TokenScores(scores[0].student_logprobs, torch.ones(5), None, None, None, None)]
     records = _records((batch, micros, alone, credits, None))
     assert {(r["d_k"], r["w_k"]) for r in records.step_rows} == {(None, None)}
-    assert records.sums == {"rows": 5.0, "student_entropy": 5.0}
+    # the engine said 0 for every token, the student -1, -1, -2, -0.5, -0.5
+    assert records.sums == {"rows": 5.0, "student_entropy": 5.0, "engine_gap": 5.0}
     assert records.trajectory_rows[0]["log_ratios"] == [] == records.trajectory_rows[0]["d"]
+
+
+def test_importance_weights_are_summed_and_their_largest_kept_only_when_they_are_used(parts):
+    batch, micros, scores, (credit,), steps = parts
+    importance = torch.tensor([0.5, 1.0, 2.0, 1.5, 2.0])
+    parts = (batch, micros, scores, [replace(credit, importance=importance)], steps)
+    options = {"iteration": 4, "num_trajectories_kept": 0}
+    records = local_records(*parts, **options, importance_cap=2.0)
+    assert (records.sums["importance"], records.sums["importance_clipped"]) == (7.0, 2.0)
+    assert records.maxima == {"importance_max": 2.0}
+    unused = local_records(*parts, **options)
+    assert "importance" not in unused.sums and unused.maxima == {}

@@ -4,6 +4,7 @@ Layer: pure; no model and no process group. Scores themselves: tests/train; the 
 tests/algorithm/test_step_weights.py.
 """
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -248,3 +249,37 @@ def test_a_rank_without_trajectories_gets_empty_credit():
     batch = TrainingBatch([MiniBatch([empty])], [], torch.zeros(0))
     (credit,), steps = assign_credit(batch, [empty], [_scores([], [])], config)
     assert credit.advantages.shape == (0,) and steps.valid.shape[0] == 0
+
+
+def _with_engine(micros, engine):
+    """The same pack, sampled by an engine with these logprobs."""
+    return [replace(micros[0], rollout_logprobs=torch.tensor(engine))]
+
+
+def test_importance_is_student_over_engine_up_to_the_cap_and_leaves_the_divergence_alone():
+    batch, micros = _batch()
+    old, ref = _counted(OLD), _counted(REF)
+    # ratios exp(0.2), exp(-0.3), then 3, above the cap of 2, then exactly 1
+    shifts = [0.2, -0.3, math.log(3.0)] + [0.0] * (len(old) - 3)
+    engine = [s - shift for s, shift in zip(old, shifts, strict=True)]
+    micros = _with_engine(micros, engine)
+    scores = [_scores(old, ref)]
+    plain = sod_config("s", "t")
+    (credit,), steps = assign_credit(batch, micros, scores, plain)
+    assert credit.importance.tolist() == [1.0] * len(old)
+    for rollout in ({"max_staleness": 1}, {"correct_mismatch": True}, {"partial_prompts": 2}):
+        config = sod_config("s", "t", rollout=rollout)
+        (corrected,), corrected_steps = assign_credit(batch, micros, scores, config)
+        expected = [math.exp(0.2), math.exp(-0.3), 2.0] + [1.0] * (len(old) - 3)
+        assert corrected.importance.tolist() == pytest.approx(expected, rel=1e-6)
+        assert torch.equal(corrected_steps.step_divergence, steps.step_divergence)
+        assert torch.equal(corrected.advantages, credit.advantages)
+
+
+def test_an_engine_that_found_a_token_impossible_does_not_make_its_weight_infinite():
+    batch, micros = _batch()
+    old, ref = _counted(OLD), _counted(REF)
+    micros = _with_engine(micros, [-1e30] * len(old))
+    config = sod_config("s", "t", rollout={"max_staleness": 1, "importance_cap": 1.5})
+    (credit,), _ = assign_credit(batch, micros, [_scores(old, ref)], config)
+    assert credit.importance.tolist() == pytest.approx([1.5] * len(old))

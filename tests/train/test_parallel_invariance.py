@@ -113,6 +113,7 @@ def _iteration(models, parallel: dict, tokens_per_micro_batch: int, loss: str) -
         student={"path": models[0], **role},
         teacher={"path": models[1], **role},
         distill={"loss": loss},
+        rollout={"correct_mismatch": True},
         # The distributed optimizer leaves each rank its shard of the gradient only.
         train={
             "num_iterations": 1,
