@@ -131,6 +131,6 @@ def test_a_run_without_its_sandbox_stops_before_the_optimizer_and_leaves_nothing
         end(process)
     text = log.read_text()
     assert "nothing was trained on this iteration" in text and "max_infra_error_rate" in text
-    assert "sandbox: http://127.0.0.1" in text, "the log says what failed"
+    assert "rollout 1: sandbox: 127.0.0.1" in text, "the log says what failed"
     assert not (run_dir / "metrics.jsonl").exists() and not (run_dir / "checkpoints").exists()
     assert not processes_of(marker_of(log))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import threading
@@ -38,7 +39,8 @@ class FlakyService:
                 if status != 200:
                     self.send_header("Retry-After", "0.01")
                 self.end_headers()
-                self.wfile.write(payload)
+                with contextlib.suppress(ConnectionError):  # a client that gave up waiting
+                    self.wfile.write(payload)
 
             def log_message(self, *_):
                 pass

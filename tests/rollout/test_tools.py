@@ -4,11 +4,13 @@ Layer: pure, with a scripted sandbox. The real sandbox: tests/sandbox.
 """
 
 import asyncio
+import threading
 
 import pytest
 
 from megatron_sod.data.tiny_world import TOOL_FAILURE_TEXT
 from megatron_sod.errors import SandboxError
+from megatron_sod.rollout.incidents import Incidents
 from megatron_sod.rollout.tool_calls import ToolCall
 from megatron_sod.rollout.tools import CodeInterpreter, FlakyTool
 from tests.helpers.fakes import FakeSandbox, Result
@@ -107,3 +109,43 @@ def test_a_dialled_failure_reads_like_a_timeout():
 def test_a_malformed_call_is_never_mistaken_for_a_dialled_failure():
     tool, _ = _interpreter()
     assert _ask(FlakyTool(tool, 0.999999), ToolCall(problem="no")).outcome == "malformed"
+
+
+def test_a_sandbox_that_never_returns_is_an_infrastructure_error_and_blocks_no_other_call():
+    release = threading.Event()
+
+    class Hanging(FakeSandbox):
+        def run(self, code):
+            if code == "hang":
+                release.wait(30)
+            return super().run(code)
+
+    incidents = Incidents()
+    tool = CodeInterpreter(
+        Hanging(Result(stdout="1\n")),
+        max_infra_retries=0,
+        max_concurrency=1,
+        hang_timeout_s=0.1,
+        incidents=incidents,
+    )
+    hang = ToolCall("code_interpreter", {"code": "hang"})
+
+    async def scenario():
+        calls = [tool.call(c, call_id="x") for c in (hang, hang, CALL, CALL)]
+        return await asyncio.gather(*calls)
+
+    try:
+        outcomes = [o.outcome for o in asyncio.run(scenario())]
+    finally:
+        release.set()
+    assert outcomes == ["infra_error", "infra_error", "ok", "ok"]
+    counts, notes = incidents.take()
+    assert counts["sandbox_hangs"] == 2 and "did not return" in notes[0]
+
+
+def test_what_was_retried_is_counted_and_told():
+    incidents = Incidents()
+    sandbox = FakeSandbox(LOST, LOST, Result(stdout="7\n"))
+    tool = CodeInterpreter(sandbox, max_infra_retries=2, incidents=incidents)
+    assert _ask(tool).text == "7"
+    assert incidents.take() == ({"sandbox_retries": 2}, ["sandbox: the zygote died"])

@@ -85,3 +85,28 @@ def test_the_sampled_list_is_copied_not_kept():
 def test_a_turn_with_too_few_logprobs_is_refused():
     with pytest.raises(AssertionError, match="2 logprobs and 3 versions for 3"):
         TrajectoryBuilder(PROMPT, "x").add_turn([1, 2, 3], [0.0, 0.0], [0, 0, 0])
+
+
+def test_a_builder_resumed_between_turns_begins_a_new_step(builder):
+    builder.add_context([92])
+    again = TrajectoryBuilder.resumed(PROMPT, builder.finish("interrupted", 0.0))
+    assert not again.is_turn_open and again.num_turns == 2 and again.last_turn == [13]
+    again.add_turn([14], [-0.5], [6])
+    assert again.finish("answer", 1.0).step_ids == [1, 1, 1, 0, 0, 2, 0, 3]
+
+
+def test_a_builder_resumed_within_a_turn_goes_on_with_that_step(builder):
+    again = TrajectoryBuilder.resumed(PROMPT, builder.finish("interrupted", 0.0))
+    assert again.is_turn_open and again.token_ids == builder.token_ids
+    again.add_turn([14, 15], [-0.5, -0.6], [6, 6])
+    t = again.finish("answer", 1.0)
+    assert t.step_ids == [1, 1, 1, 0, 0, 2, 2, 2] and t.policy_versions[-3:] == [5, 6, 6]
+    assert again.last_turn == [13, 14, 15] and t.steps[-1] == Step(2, "none", 3)
+    assert t.steps[0] == Step(1, "user_error", 3, 2)
+
+
+def test_resuming_leaves_the_interrupted_trajectory_as_it_was(builder):
+    begun = builder.finish("interrupted", 0.0)
+    before = repr(begun)
+    TrajectoryBuilder.resumed(PROMPT, begun).add_turn([14], [-0.5], [6])
+    assert repr(begun) == before
