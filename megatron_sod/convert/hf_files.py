@@ -148,7 +148,8 @@ def write_hf_directory(
 ) -> None:
     """Write safetensors shards (never more than one in memory) and copy config and tokenizer.
 
-    `tensors` yields every HF tensor once. The index is written when there are several shards.
+    `tensors` yields every HF tensor once, and leaves it alone afterwards. The index is written when
+    there are several shards.
     """
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
@@ -179,7 +180,9 @@ def write_hf_directory(
 
 
 def _own(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor with memory of its own: the producer may reuse what it yielded."""
+    """The tensor itself, or a copy where it is a view: a view would keep the whole alive."""
+    if tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes:
+        return tensor
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
