@@ -95,7 +95,9 @@ def open_session(config: SodConfig) -> Iterator[Session]:
         checkpoints = Checkpoints(
             run_dir.checkpoints,
             keep_last=config.train.keep_last,
-            description=Description(config.model_dump(mode="json"), versions()),
+            description=Description(
+                config.model_dump(mode="json"), versions(), config.student.path
+            ),
         )
         closing.callback(checkpoints.close)
         resume_from = _resume_from(config, checkpoints)

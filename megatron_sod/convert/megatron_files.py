@@ -1,4 +1,4 @@
-"""Megatron's distributed checkpoints read and written by one process, a parameter at a time.
+"""Megatron's distributed checkpoints read by one process, a parameter at a time.
 
 The format is torch.distributed.checkpoint's, as megatron.core.dist_checkpointing 0.16 uses it
 (`torch_dist`); neither Megatron nor a process group is needed here. Its index is a pickle: open
@@ -9,35 +9,21 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.default_planner import (
-    DefaultLoadPlanner,
-    DefaultSavePlanner,
-    create_default_global_save_plan,
-)
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
-    MetadataIndex,
-    TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import (
-    LoadPlan,
-    ReadItem,
-    SavePlan,
-    TensorWriteData,
-    WriteItem,
-    WriteItemType,
-)
+from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from megatron_sod.convert.layout import segments_of
+from megatron_sod.convert.layout import hf_shapes, segments_of
 from megatron_sod.convert.megatron_names import (
     ALIASES,
     Stored,
@@ -50,8 +36,6 @@ from megatron_sod.errors import CheckpointError
 from megatron_sod.model.geometry import Geometry
 
 _CONFIG = "metadata.json"
-_FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
-_COMMON = {"common_backend": "torch", "common_backend_version": 1}
 
 
 def is_megatron_checkpoint(directory: str | Path) -> bool:
@@ -157,6 +141,35 @@ def _shape(name: str, geometry: Geometry) -> tuple[int, ...]:
     return (geometry.vocab_size, *shape[1:]) if is_vocabulary(name) else shape
 
 
+class MegatronSource:
+    """A distributed checkpoint with the interface of HfTensors, for loading a model from it.
+
+    Slices of one Megatron parameter are best asked for one after the other: it is read whole and
+    kept until a slice of another is asked for.
+    """
+
+    def __init__(self, directory: str | Path, geometry: Geometry):
+        self._tensors, self._geometry = MegatronTensors(directory), geometry
+        self._tensors.dtypes(geometry)  # that it holds this model
+        self._owner = {
+            segment.hf_name: name
+            for name in parameters(geometry)
+            for segment in segments_of(name, geometry)
+        }
+        self._kept: tuple[str, dict[str, torch.Tensor]] = ("", {})
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return hf_shapes(self._geometry)[name]
+
+    def read(self, name: str, dim: int, start: int, length: int) -> torch.Tensor:
+        """Indices [start, start + length) along `dim` of an HF tensor."""
+        owner = self._owner[name]
+        if self._kept[0] != owner:
+            whole = self._tensors.parameter(owner, self._geometry)
+            self._kept = (owner, dict(_to_hf(owner, self._geometry, whole)))
+        return self._kept[1][name].narrow(dim, start, length)
+
+
 class _IntoOneTensor(DefaultLoadPlanner):
     """Puts what is read into the places of one tensor."""
 
@@ -229,64 +242,3 @@ def _check_files(directory: Path, metadata: Metadata) -> None:
                 f"{path}: {path.stat().st_size} bytes, the index needs {end}; the file is cut "
                 "short, copy it again"
             )
-
-
-@dataclass(frozen=True)
-class ChunkToWrite:
-    """A box of one stored tensor, and how to come by its numbers when its turn comes."""
-
-    key: str
-    whole_size: tuple[int, ...]
-    offsets: tuple[int, ...]
-    sizes: tuple[int, ...]
-    dtype: torch.dtype
-    produce: Callable[[], torch.Tensor]
-
-    @property
-    def num_bytes(self) -> int:
-        return torch.Size(self.sizes).numel() * self.dtype.itemsize
-
-    def item(self) -> WriteItem:
-        data = TensorWriteData(
-            chunk=ChunkStorageMetadata(torch.Size(self.offsets), torch.Size(self.sizes)),
-            properties=TensorProperties(dtype=self.dtype),
-            size=torch.Size(self.whole_size),
-        )
-        return WriteItem(
-            MetadataIndex(self.key, self.offsets), WriteItemType.SHARD, tensor_data=data
-        )
-
-
-class _OnDemand(DefaultSavePlanner):
-    """Makes each chunk when the writer asks for it."""
-
-    def __init__(self, chunks: list[ChunkToWrite], written: Callable[[int], None]):
-        super().__init__()
-        self._chunks = {chunk.item().index: chunk for chunk in chunks}
-        self._written = written
-
-    def resolve_data(self, write_item: WriteItem) -> torch.Tensor:
-        chunk = self._chunks[write_item.index]
-        self._written(chunk.num_bytes)
-        return chunk.produce().reshape(chunk.sizes)
-
-
-def write_megatron_checkpoint(
-    directory: Path, files: Iterable[list[ChunkToWrite]], written: Callable[[int], None]
-) -> None:
-    """Write a distributed checkpoint, one file per list of chunks; one chunk in memory at a time.
-
-    `written` is told the number of bytes of each chunk as it is made.
-    """
-    writer = FileSystemWriter(directory)
-    plans, results = [], []
-    for number, chunks in enumerate(files):
-        plan = writer.prepare_local_plan(SavePlan([chunk.item() for chunk in chunks]))
-        [plan] = writer.prepare_global_plan([plan])
-        plan.storage_data.prefix = f"__{number}_"
-        results.append(writer.write_data(plan, _OnDemand(chunks, written)).wait())
-        plans.append(plan)
-    _, metadata = create_default_global_save_plan(plans)
-    writer.finish(metadata, results)
-    torch.save({}, directory / "common.pt")
-    (directory / _CONFIG).write_text(json.dumps(_FORMAT | _COMMON))

@@ -104,7 +104,7 @@ def compare(
 
 def checksum(tensor: torch.Tensor) -> str:
     """The first 64 bits of SHA-256 over the bytes, as 16 hex digits."""
-    return hashlib.sha256(_bytes(tensor).numpy()).hexdigest()[:16]
+    return hashlib.sha256(_bytes(tensor).numpy().data).hexdigest()[:16]
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,6 @@ import torch
 from megatron_sod.config.schema import ParallelConfig
 from megatron_sod.convert.hf_files import MAX_SHARD_BYTES, HfTensors, copy_side_files
 from megatron_sod.convert.layout import hf_shapes, segments_of
-from megatron_sod.convert.megatron_files import ChunkToWrite, write_megatron_checkpoint
 from megatron_sod.convert.megatron_names import (
     num_parts,
     parameters,
@@ -19,6 +18,7 @@ from megatron_sod.convert.megatron_names import (
     stored_at,
     whole_shape,
 )
+from megatron_sod.convert.megatron_writer import ChunkToWrite, write_megatron_checkpoint
 from megatron_sod.convert.output import new_directory
 from megatron_sod.convert.parity import Report, compare, state_dtype
 from megatron_sod.errors import ConfigError, ModelError

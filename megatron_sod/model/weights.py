@@ -12,6 +12,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_sod.convert.hf_files import HfTensors, write_hf_directory
 from megatron_sod.convert.layout import Segment, hf_shapes, segments_of, sharding_of
+from megatron_sod.convert.megatron_files import MegatronSource, is_megatron_checkpoint
 from megatron_sod.errors import ModelError
 from megatron_sod.model.build import HiddenStateGPT
 from megatron_sod.model.geometry import Geometry
@@ -46,18 +47,22 @@ def split_of(groups: ProcessGroupCollection) -> dict[str, int]:
 
 def has_weights(model_dir: str | Path) -> bool:
     """Whether the directory holds weights, or only a configuration to be initialised."""
-    return any(Path(model_dir).glob("*.safetensors"))
+    return any(Path(model_dir).glob("*.safetensors")) or is_megatron_checkpoint(model_dir)
 
 
 def load_hf_weights(model: HiddenStateGPT, geometry: Geometry, model_dir: str | Path) -> None:
-    """Fill this rank's parameters from a model directory; only the needed slices are read.
+    """Fill this rank's parameters from a model directory.
 
-    Padded vocabulary rows are set to zero.
+    The directory holds safetensors, of which only the needed slices are read, or a Megatron
+    distributed checkpoint of any layout. Padded vocabulary rows are set to zero.
 
     Raises:
         ModelError: a tensor is missing or has another shape than the geometry says.
+        CheckpointError: the same of a distributed checkpoint.
     """
-    tensors = HfTensors(model_dir)
+    tensors: HfTensors | MegatronSource
+    is_checkpoint = is_megatron_checkpoint(model_dir)
+    tensors = MegatronSource(model_dir, geometry) if is_checkpoint else HfTensors(model_dir)
     shapes, split = hf_shapes(geometry), split_of(model.pg_collection)
     for name, parameter in global_parameters(model):
         segments = segments_of(name, geometry, **split)
@@ -71,7 +76,7 @@ def load_hf_weights(model: HiddenStateGPT, geometry: Geometry, model_dir: str | 
                 parameter.narrow(segment.dim, segment.local_start, segment.length).copy_(source)
 
 
-def _check_shape(tensors: HfTensors, segment: Segment, shapes, model_dir) -> None:
+def _check_shape(tensors: HfTensors | MegatronSource, segment: Segment, shapes, model_dir) -> None:
     found, expected = tensors.shape(segment.hf_name), shapes[segment.hf_name]
     if found != expected:
         raise ModelError(

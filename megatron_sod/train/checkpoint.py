@@ -20,6 +20,7 @@ import yaml
 from megatron.core import dist_checkpointing, parallel_state
 
 from megatron_sod.config.compare import changes
+from megatron_sod.convert.hf_files import copy_side_files
 from megatron_sod.errors import CheckpointError
 from megatron_sod.train import checkpoint_files as files
 from megatron_sod.train.async_save import SaveUnderWay
@@ -53,6 +54,7 @@ class Description:
 
     config: dict[str, Any] = field(default_factory=dict)  # resolved
     versions: dict[str, str] = field(default_factory=dict)
+    model_dir: str | None = None  # its configuration and tokenizer: enough to convert a checkpoint
 
 
 class Checkpoints:
@@ -179,6 +181,8 @@ class Checkpoints:
         """Describe and seal the written folder, then make it the latest. Runs in the thread."""
         files.write_json(partial / files.ABOUT, about)
         (partial / files.CONFIG).write_text(yaml.safe_dump(self._description.config))
+        if self._description.model_dir is not None:
+            copy_side_files(self._description.model_dir, partial)
         files.write_checksums(partial, sums)
         target = partial.with_suffix("")
         if target.exists():  # newer than what the run was resumed from, so not the latest

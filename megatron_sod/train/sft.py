@@ -134,7 +134,9 @@ class _Saver:
             self._checkpoints = Checkpoints(
                 self._folder / "checkpoints",
                 keep_last=config.train.keep_last,
-                description=Description(config.model_dump(mode="json"), versions()),
+                description=Description(
+                    config.model_dump(mode="json"), versions(), config.student.path
+                ),
             )
 
     def resume(self) -> int:
