@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
+from megatron_sod.collapse import answer_alarms
 from megatron_sod.config.schema import SodConfig
 from megatron_sod.data.batch import build_training_batch
 from megatron_sod.eval.runner import EvalResult, evaluate
@@ -104,6 +105,7 @@ def run_iteration(session: Session) -> dict[str, float]:
     # before this one cost.
     _log(session, metrics | {"time/save_s": session.last_save_s})
     session.last_save_s = _save_if_due(session)
+    answer_alarms(session, metrics, _transfer)
     return metrics
 
 

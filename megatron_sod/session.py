@@ -29,6 +29,7 @@ from megatron_sod.observe.live_view import TrainingView
 from megatron_sod.observe.progress import say
 from megatron_sod.observe.run_dir import RunDir, versions
 from megatron_sod.observe.telemetry import Telemetry
+from megatron_sod.observe.watchdog import Watchdog
 from megatron_sod.parallel import state
 from megatron_sod.reshard.canary import canary_sequences, trainer_logprobs
 from megatron_sod.reshard.sync import WeightSync
@@ -63,6 +64,7 @@ class Session:
     rollouts: Rollouts | None = None  # on rank 0
     controller: RolloutController | None = None
     teacher_controller: RolloutController | None = None
+    watchdog: Watchdog | None = None  # rank 0, once it has been asked
     last_save_s: float = 0.0  # how long the newest save held training up
     view: TrainingView = field(default_factory=TrainingView)
 

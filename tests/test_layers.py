@@ -42,6 +42,7 @@ LEVELS = {
     "observe": SIDE,
     "plan": 4,
     "session": 4,
+    "collapse": 5,
     "pipeline": 5,
     "command_line": 5,
 }
@@ -231,7 +232,7 @@ def test_everything_but_the_trainer_imports_without_heavy_packages():
         and not (name.startswith(("parallel.", "scoring.score", "train.", "reshard.")))
         and (name in LIGHT or not name.startswith("model."))
         and not name.startswith(HEAVY["ray"])
-        and not name.startswith(("eval.runner", "session", "pipeline"))
+        and not name.startswith(("eval.runner", "session", "collapse", "pipeline"))
         and not name.startswith(("sandbox.guest", "ops.compiled"))
     ]
     assert "megatron_sod.rollout.agent_loop" in names and "megatron_sod.rollout.engine" in names

@@ -82,6 +82,14 @@ class RunDir:
                 if int(part.stem.removeprefix("iter_")) > iteration:
                     part.unlink()
 
+    def set_aside_after(self, iteration: int) -> None:
+        """Rows of iterations that are taken back move to `*.rolled_back.jsonl`."""
+        for name in ("metrics.jsonl", "evals.jsonl"):
+            for row in self.rows(name):
+                if row.get("iteration", 0) > iteration:
+                    self.append(name.replace(".jsonl", ".rolled_back.jsonl"), row)
+        self.drop_after(iteration)
+
     def write_steps(self, iteration: int, rows: list[dict]) -> None:
         """One Parquet part per iteration; `steps.parquet` reads as one table."""
         import pyarrow
