@@ -343,6 +343,9 @@ class PlanConfig(Section):
     observation_share: float = Field(0.1, ge=0, lt=1, description="of response tokens")
     tool_latency_s: float = Field(1.0, ge=0, description="median of one call")
     tool_latency_spread: float = Field(1.0, ge=0, description="standard deviation of log seconds")
+    tool_slots: int | None = Field(
+        None, gt=0, description="calls at a time, over all engines; null: no limit"
+    )
 
 
 class SodConfig(Section):

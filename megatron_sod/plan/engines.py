@@ -57,7 +57,8 @@ class EngineSpeed:
         compute = self._flops(running, context / max(running, 1)) / self._flops_per_s()
         layers = self.model.geometry.num_layers
         collectives = 2 * layers * COLLECTIVE_LATENCY_S if tp > 1 else 0.0
-        return hardware.decode_overhead_s + max(memory, compute) + collectives
+        overhead = hardware.decode_overhead_s + running * hardware.decode_sequence_s
+        return overhead + max(memory, compute) + collectives
 
     def prefill_s(self, tokens: int, context: float) -> float:
         return self._flops(tokens, 2 * context) / self._flops_per_s()

@@ -28,7 +28,8 @@ class Hardware:
     prefill_efficiency: float = 0.40  # of peak_flops, engine prefill and scoring
     decode_efficiency: float = 0.60  # of memory_bandwidth, weights and KV cache read per step
     link_efficiency: float = 0.70  # of either link
-    decode_overhead_s: float = 4e-3  # per decode step: scheduling, sampling, launches
+    decode_overhead_s: float = 3e-3  # per decode step: scheduling, launches
+    decode_sequence_s: float = 10e-6  # per sequence in it: scheduling, sampling, detokenising
     train_overhead_s: float = 0.0  # per optimizer step
     score_overhead_s: float = 0.0  # per iteration
     transfer_overhead_s: float = 0.2  # per iteration: draining, calls to the engines, canaries
@@ -54,7 +55,8 @@ _TABLE = (
         5 * GIGA,
         1 * GIGA,
         "a guess",
-        decode_overhead_s=2e-2,
+        decode_overhead_s=5e-3,
+        decode_sequence_s=2e-4,
     ),
 )
 HARDWARE = {hardware.name: hardware for hardware in _TABLE}

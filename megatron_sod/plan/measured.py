@@ -64,8 +64,11 @@ def read_run(run_dir: str | Path) -> MeasuredRun:
 def calibrated(run: MeasuredRun) -> Hardware:
     """Constants with which the simulator gives `run`'s phase times.
 
-    One number per phase is fitted: scoring and training rates, the transfer's fixed part, and the
-    overhead of a decode step.
+    One number per phase is fitted: scoring and training rates, the transfer's fixed part, and a
+    factor on the overheads of a decode step. The tools' latency and slots are the configuration's.
+
+    Raises:
+        DataError: no overhead is small enough, the assumed tools take longer than the run.
     """
     hardware = HARDWARE[run.config.cluster.gpu]
     for _ in range(3):  # prefill and decoding share a rate, so once round is not enough
@@ -90,13 +93,29 @@ def _fit_rates(run: MeasuredRun, hardware: Hardware) -> Hardware:
 
 
 def _fit_decode(run: MeasuredRun, hardware: Hardware) -> Hardware:
-    """By bisection: the rollout's length rises with the overhead."""
-    low, high = 0.0, 1.0
+    """By bisection: the rollout's length rises with the overheads of a decode step."""
+
+    def slowed(factor: float) -> Hardware:
+        return replace(
+            hardware,
+            decode_overhead_s=factor * table.decode_overhead_s,
+            decode_sequence_s=factor * table.decode_sequence_s,
+        )
+
+    table = HARDWARE[hardware.name]
+    free = _predict(run, slowed(0.0)).rollout_s
+    if free > run.seconds["rollout"]:
+        raise DataError(
+            f"{run.config.name}: with these assumptions the tools alone take {free:.1f} s of a "
+            f"rollout measured at {run.seconds['rollout']:.1f} s; lower plan.tool_latency_s or "
+            "raise plan.tool_slots in the run's config.yaml"
+        )
+    low, high = 0.0, 64.0
     for _ in range(30):
         middle = (low + high) / 2
-        found = _predict(run, replace(hardware, decode_overhead_s=middle))
+        found = _predict(run, slowed(middle))
         low, high = (middle, high) if found.rollout_s < run.seconds["rollout"] else (low, middle)
-    return replace(hardware, decode_overhead_s=(low + high) / 2)
+    return slowed((low + high) / 2)
 
 
 def comparison(runs: list[MeasuredRun]) -> list[tuple[MeasuredRun, IterationTimes]]:

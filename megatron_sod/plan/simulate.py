@@ -100,9 +100,9 @@ class _Rollout:
 def _iteration(job: Job, config: SodConfig, staleness: int, *, seed: int) -> IterationTimes:
     rollout, num_engines = config.rollout, config.rollout.engine.num_engines
     simulated = min(num_engines, MAX_SIMULATED_ENGINES)
-    slots, in_flight = config.sandbox.max_concurrency, config.rollout.max_in_flight
+    slots, in_flight = config.plan.tool_slots, config.rollout.max_in_flight
     if slots is not None:
-        slots = max(1, slots * rollout.num_workers * simulated // num_engines)
+        slots = max(1, slots * simulated // num_engines)
     if in_flight is not None:
         in_flight = max(1, in_flight * simulated // num_engines)
     drawn = _rollout(

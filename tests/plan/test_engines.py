@@ -17,7 +17,7 @@ from megatron_sod.plan.trajectories import Draw
 # Only the overhead costs anything: every decode step takes 0.1 s.
 STEP_S = 0.1
 FREE = HARDWARE["h100-80gb"].scaled(
-    peak_flops=1e30, memory_bandwidth=1e30, decode_overhead_s=STEP_S
+    peak_flops=1e30, memory_bandwidth=1e30, decode_overhead_s=STEP_S, decode_sequence_s=0.0
 )
 
 
@@ -99,7 +99,9 @@ def test_prefill_delays_decoding():
 
 
 def test_a_step_reads_the_weights_and_the_cache_once():
-    hardware = HARDWARE["h100-80gb"].scaled(decode_overhead_s=0.0, decode_efficiency=1.0)
+    hardware = HARDWARE["h100-80gb"].scaled(
+        decode_overhead_s=0.0, decode_sequence_s=0.0, decode_efficiency=1.0
+    )
     speed = _speed(hardware=hardware, weight_bytes=3_350_000_000, token_bytes=1000.0)
     # 3.35 GB of weights at 3.35 TB/s are 1 ms; 100 k tokens of 1 kB are 0.03 ms
     assert speed.step_s(8, 100_000) == pytest.approx(1e-3 + 1e8 / 3.35e12)
@@ -107,7 +109,9 @@ def test_a_step_reads_the_weights_and_the_cache_once():
 
 def test_a_small_batch_does_not_read_every_expert():
     model = PlannedModel("", shipped_geometry("qwen3-30b-a3b"), ParallelConfig(), "bfloat16")
-    hardware = HARDWARE["h100-80gb"].scaled(decode_overhead_s=0.0, decode_efficiency=1.0)
+    hardware = HARDWARE["h100-80gb"].scaled(
+        decode_overhead_s=0.0, decode_sequence_s=0.0, decode_efficiency=1.0
+    )
     speed = _speed(model=model, hardware=hardware, weight_bytes=61_000_000_000)
     assert speed.step_s(1, 1) == pytest.approx(61e9 * 8 / 128 / 3.35e12, rel=1e-3)
     assert speed.step_s(200, 1) == pytest.approx(61e9 / 3.35e12, rel=1e-3)

@@ -11,7 +11,7 @@ from megatron_sod.config.load import load_config, to_yaml
 from megatron_sod.errors import DataError
 from megatron_sod.plan.measured import comparison, read_run
 
-SECONDS = {"rollout": 4.0, "score": 0.6, "train": 0.5, "transfer": 0.3}
+SECONDS = {"rollout": 14.0, "score": 0.6, "train": 0.5, "transfer": 0.3}
 
 
 def _write_run(folder, *, prompts: int, num_iterations: int = 3):
@@ -53,6 +53,14 @@ def test_a_larger_batch_is_predicted_from_the_smaller_one(tmp_path):
     (_, fitted), (_, predicted) = comparison(runs)
     assert predicted.score_s == pytest.approx(2 * fitted.score_s, rel=0.1)
     assert fitted.rollout_s < predicted.rollout_s < 2 * fitted.rollout_s
+
+
+def test_tools_that_alone_would_take_longer_are_named(tmp_path):
+    folder = _write_run(tmp_path / "run", prompts=16)
+    config = load_config("configs/demo_cpu.yaml", ["plan.tool_latency_s=5"])
+    (folder / "config.yaml").write_text(to_yaml(config))
+    with pytest.raises(DataError, match=r"tools alone.*plan\.tool_latency_s"):
+        comparison([read_run(folder)])
 
 
 def test_a_run_that_has_hardly_begun_is_refused(tmp_path):
