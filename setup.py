@@ -50,6 +50,7 @@ setup(
             "pyseccomp",
         ],
         "cpu": ["megatron-sod[train]", *CPU],
+        "wandb": ["wandb"],
         "gpu": ["megatron-sod[train]", *GPU],
         "dev": ["pytest", "pytest-timeout", "hypothesis", "ruff", "mypy", "websockets"],
     },

@@ -16,6 +16,7 @@ from megatron_sod.data.batch import build_training_batch
 from megatron_sod.eval.runner import EvalResult, evaluate
 from megatron_sod.model.weights import export_hf
 from megatron_sod.observe.live_view import TrainingView, training_view
+from megatron_sod.observe.loggers import evaluation_scalars
 from megatron_sod.observe.metrics import credit_metrics, rollout_metrics
 from megatron_sod.observe.progress import say
 from megatron_sod.observe.records import local_records, merge_records
@@ -237,7 +238,15 @@ def _record(
         session.run_dir.append("trajectories.jsonl", row)
     assert session.rollouts is not None, "rank 0 has rollouts"
     measured = rollout_metrics(trajectories, num_text_ids=len(session.tokenizer))
-    return measured | session.rollouts.metrics | credit_metrics(records)
+    config, weight = session.config, session.config.distill.step_weight
+    credited = credit_metrics(
+        records,
+        cap=1 + weight.delta if weight.policy in ("sod", "running_clip") else None,
+        epsilon=weight.epsilon,
+        grpo_coef=config.grpo.coef,
+    )
+    credited["sod/distill_coef"] = distill_coef(config.distill, session.progress.iteration)
+    return measured | session.rollouts.metrics | credited
 
 
 def _save_if_due(session: Session) -> float:
@@ -286,6 +295,8 @@ def _evaluate(session: Session, model: str) -> EvalResult:
 
 def _note(session: Session, result: EvalResult) -> None:
     session.run_dir.append("evals.jsonl", result.as_dict())
+    for logger in session.loggers:
+        logger.log(result.iteration, evaluation_scalars(result.as_dict()))
     low, high = result.interval
     session.view.evaluated(result.model, result.success, result.interval)
     say(
@@ -298,6 +309,8 @@ def _log(session: Session, metrics: dict[str, float]) -> None:
     if session.is_main:
         row = {"iteration": session.progress.iteration, **metrics}
         session.run_dir.append("metrics.jsonl", row)
+        for logger in session.loggers:
+            logger.log(session.progress.iteration, row)
 
 
 class _Clock:

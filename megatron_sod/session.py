@@ -26,6 +26,7 @@ from megatron_sod.model.parity import check_same_vocabulary
 from megatron_sod.model.weights import has_weights, load_hf_weights
 from megatron_sod.observe import terminal
 from megatron_sod.observe.live_view import TrainingView
+from megatron_sod.observe.loggers import Logger, open_loggers
 from megatron_sod.observe.progress import say
 from megatron_sod.observe.run_dir import RunDir, versions
 from megatron_sod.observe.telemetry import Telemetry
@@ -62,6 +63,7 @@ class Session:
     sync: WeightSync | None  # None in a replay: there are no engines
     telemetry: Telemetry
     rollouts: Rollouts | None = None  # on rank 0
+    loggers: list[Logger] = field(default_factory=list)  # on rank 0
     controller: RolloutController | None = None
     teacher_controller: RolloutController | None = None
     watchdog: Watchdog | None = None  # rank 0, once it has been asked
@@ -104,10 +106,14 @@ def open_session(config: SodConfig) -> Iterator[Session]:
         closing.callback(checkpoints.close)
         resume_from = _resume_from(config, checkpoints)
         controller = teacher_controller = None
+        loggers: list[Logger] = []
         if dist.get_rank() == 0:
             if resume_from is None:
                 run_dir.move_previous_aside()
             run_dir.prepare(config)
+            loggers += open_loggers(config, run_dir.path)
+            for logger in loggers:
+                closing.callback(logger.close)
         dist.barrier()  # the folder is the new run's own
         log = run_dir.logs / f"rank_{dist.get_rank()}.log"
         closing.enter_context(terminal.others_into(log))
@@ -151,6 +157,7 @@ def open_session(config: SodConfig) -> Iterator[Session]:
             sync=sync,
             telemetry=telemetry,
             rollouts=_rollouts(config, inputs, run_dir, controller),
+            loggers=loggers,
             controller=controller,
             teacher_controller=teacher_controller,
         )

@@ -320,7 +320,8 @@ class TransferConfig(Section):
 
 class ObserveConfig(Section):
     run_dir: str = Field("runs/{name}", description="{name} is replaced by `name`")
-    loggers: list[Literal["console", "jsonl", "tensorboard"]] = ["console", "jsonl"]
+    loggers: list[Literal["console", "jsonl", "tensorboard", "wandb"]] = ["console", "jsonl"]
+    project: str = Field("megatron_sod", description="wandb: the project runs are filed under")
     num_trajectories_kept: int = Field(8, ge=0, description="per iteration, for the report")
     telemetry_interval_s: float | None = Field(
         1.0, gt=0, description="between samples of host memory and GPUs; null: none are taken"

@@ -7,6 +7,7 @@ from collections import Counter
 import numpy as np
 
 from megatron_sod.algorithm.advantages import zero_variance_fraction
+from megatron_sod.observe.patterns import PATTERNS, pattern_of
 from megatron_sod.observe.records import IterationRecords
 from megatron_sod.types import Trajectory
 
@@ -29,10 +30,13 @@ def rollout_metrics(
     outcomes = Counter(step.outcome for step in steps if step.num_tool_calls)
     metrics = {
         "rollout/reward_mean": _mean(rewards),
+        "rollout/reward_max": max(rewards, default=0.0),
+        "rollout/reward_min": min(rewards, default=0.0),
         "rollout/score_mean": _mean([t.score for t in valid]),
         "rollout/tool_calls_avg": num_calls / max(len(valid), 1),
         "rollout/num_turns": len(steps) / max(len(valid), 1),
         "rollout/response_length": _mean([len(t.response_token_ids) for t in valid]),
+        "rollout/prompt_length": _mean([len(t.prompt_token_ids) for t in valid]),
         "rollout/student_tokens": _mean([sum(t.loss_mask) for t in valid]),
         "rollout/infra_error_rate": 1 - len(valid) / max(len(trajectories), 1),
         "rollout/truncated_rate": _mean([t.finish_reason == "max_length" for t in valid]),
@@ -52,13 +56,26 @@ def rollout_metrics(
     return metrics
 
 
-def credit_metrics(records: IterationRecords) -> dict[str, float]:
-    """Divergences, step weights and token statistics over all ranks."""
+def credit_metrics(
+    records: IterationRecords,
+    *,
+    cap: float | None = None,
+    epsilon: float = 1e-6,
+    grpo_coef: float = 1.0,
+) -> dict[str, float]:
+    """Divergences, step weights and token statistics over all ranks.
+
+    Args:
+        cap: 1 + delta where the policy caps w_k; None: it does not.
+        epsilon: of the step weights, for the patterns.
+        grpo_coef: scales the group advantage before it is compared with the distillation term.
+    """
     rows = max(records.sums.get("rows", 0.0), 1.0)
-    metrics = {
-        f"actor/{name}": value / rows for name, value in records.sums.items() if name != "rows"
-    }
-    metrics |= {f"actor/{name}": value for name, value in records.maxima.items()}
+    means = {name: value / rows for name, value in records.sums.items() if name != "rows"}
+    metrics = {f"sod/{name}": value for name, value in records.counts.items()}
+    maxima = dict(records.maxima)
+    metrics |= _advantage_metrics(means, maxima, grpo_coef)
+    metrics |= {f"actor/{name}": value for name, value in (means | maxima).items()}
     scored = [row for row in records.step_rows if row["w_k"] is not None]
     if not scored:
         return metrics
@@ -73,6 +90,8 @@ def credit_metrics(records: IterationRecords) -> dict[str, float]:
         "sod/d_mean": float(divergences.mean()),
         "sod/n_steps": float(len(scored)),
     }
+    if cap is not None:
+        metrics["sod/cap_fraction"] = float((weights >= cap - 1e-6).mean())
     for percent in (5, 50, 95):
         metrics[f"sod/w_p{percent}"] = float(np.percentile(weights, percent))
     for number in range(1, min(int(numbers.max()), 8) + 1):
@@ -80,7 +99,36 @@ def credit_metrics(records: IterationRecords) -> dict[str, float]:
         if at.any():
             metrics[f"sod/d_step_{number}"] = float(divergences[at].mean())
             metrics[f"sod/w_step_{number}"] = float(weights[at].mean())
+    return metrics | _pattern_shares(scored, epsilon)
+
+
+def _advantage_metrics(means: dict, maxima: dict, grpo_coef: float) -> dict[str, float]:
+    """How the two parts of the advantage compare, and the ends of the log-ratio; takes what it
+    uses up out of `means` and `maxima`."""
+    metrics = {}
+    if "group_advantage_abs" in means:
+        metrics["sod/grpo_abs_mean"] = grpo_coef * means.pop("group_advantage_abs")
+    if "opd_abs" in means:
+        metrics["sod/opd_abs_mean"] = means["opd_abs"]
+        if metrics.get("sod/grpo_abs_mean"):
+            metrics["sod/opd_to_grpo_ratio"] = means["opd_abs"] / metrics["sod/grpo_abs_mean"]
+    if "log_ratio_squared" in means:
+        variance = means.pop("log_ratio_squared") - means["kl_k1"] ** 2
+        metrics["sod/r_std"] = max(variance, 0.0) ** 0.5
+    if "r" in maxima:
+        metrics |= {"sod/r_max": maxima.pop("r"), "sod/r_min": -maxima.pop("-r")}
+    if "log_ratio_clipped" in means:
+        metrics["sod/r_clip_frac"] = means["log_ratio_clipped"]
     return metrics
+
+
+def _pattern_shares(scored: list[dict], epsilon: float) -> dict[str, float]:
+    """Share of trajectories of each pattern."""
+    by_trajectory: dict[str, list[float]] = {}
+    for row in sorted(scored, key=lambda row: row["step"]):
+        by_trajectory.setdefault(row.get("trajectory", ""), []).append(row["d_k"])
+    found = Counter(pattern_of(d, epsilon=epsilon) for d in by_trajectory.values())
+    return {f"sod/pattern_{name}": found[name] / len(by_trajectory) for name in PATTERNS}
 
 
 def _mean(values) -> float:

@@ -26,8 +26,9 @@ class IterationRecords:
 
     step_rows: list[dict]
     trajectory_rows: list[dict]
-    sums: dict[str, float]
-    maxima: dict[str, float] = field(default_factory=dict)
+    sums: dict[str, float]  # over rows
+    maxima: dict[str, float] = field(default_factory=dict)  # over rows
+    counts: dict[str, float] = field(default_factory=dict)  # of trajectories
 
 
 def local_records(
@@ -45,8 +46,9 @@ def local_records(
     return IterationRecords(
         _step_rows(batch, steps, iteration),
         _trajectory_rows(batch, micro_batches, scores, steps, iteration, num_trajectories_kept),
-        _sums(micro_batches, scores, credits, importance_cap),
-        {} if importance_cap is None else _maxima(credits),
+        _sums(batch, micro_batches, scores, credits, importance_cap),
+        _ends(scores) | ({} if importance_cap is None else _maxima(credits)),
+        _counts(batch),
     )
 
 
@@ -66,6 +68,8 @@ def merge_records(local: IterationRecords | None) -> IterationRecords | None:
                 merged.sums[name] = merged.sums.get(name, 0.0) + value
             for name, value in records.maxima.items():
                 merged.maxima[name] = max(merged.maxima.get(name, value), value)
+            for name, value in records.counts.items():
+                merged.counts[name] = merged.counts.get(name, 0.0) + value
     return merged
 
 
@@ -157,7 +161,30 @@ def _maxima(credits: list[TokenCredit]) -> dict[str, float]:
     return {"importance_max": max(largest)} if largest else {}
 
 
+def _counts(batch: TrainingBatch) -> dict[str, float]:
+    counts = {"nonfinite_trajectories": float(batch.num_nonfinite)}
+    if batch.is_taught is not None:
+        counts["untaught_trajectories"] = float((~batch.is_taught).sum())
+    return counts
+
+
+def _ends(scores: list[TokenScores]) -> dict[str, float]:
+    """The log-ratio teacher - student at its ends, nats: {"r": max, "-r": -min}."""
+    ratios = [
+        s.teacher_logprobs - s.student_logprobs
+        for s in scores
+        if s.teacher_logprobs is not None and s.teacher_logprobs.numel()
+    ]
+    if not ratios:
+        return {}
+    return {
+        "r": max(float(r.max()) for r in ratios),
+        "-r": max(float((-r).max()) for r in ratios),
+    }
+
+
 def _sums(
+    batch: TrainingBatch,
     micro_batches: list[MicroBatch],
     scores: list[TokenScores],
     credits: list[TokenCredit],
@@ -172,6 +199,8 @@ def _sums(
 
     for micro_batch, score, credit in zip(micro_batches, scores, credits, strict=True):
         sums["rows"] += score.student_logprobs.numel()
+        add("group_advantage_abs", batch.group_advantages[micro_batch.trajectory_ids.cpu()].abs())
+        add("advantage", credit.advantages)
         add("student_entropy", score.student_entropy)
         sampled = micro_batch.rollout_logprobs.to(score.student_logprobs)
         add("engine_gap", (score.student_logprobs - sampled).abs())
@@ -184,6 +213,7 @@ def _sums(
         add("teacher_entropy", score.teacher_entropy)
         add("teacher_mass", score.teacher_logprobs.exp())
         add("kl_k1", -log_ratio)
+        add("log_ratio_squared", log_ratio.square())
         add("kl_k3", log_ratio.exp() - 1 - log_ratio)
         add("reverse_kl", score.reverse_kl)
         add("opd_abs", (credit.distill_weights * credit.log_ratios).abs())

@@ -118,7 +118,7 @@ def test_a_section_replaced_by_a_number_is_an_error(write):
         ("teacher.paralel.x=1", "did you mean 'parallel'?"),
         ("distill.step_weight.detla=1", "did you mean 'delta'?"),
         ("teacher.parallel.tensor_parallel_size=2", "did you mean 'tensor_model_parallel_size'?"),
-        ("observe.zzz=1", "valid here: run_dir, loggers, num_trajectories_kept"),
+        ("observe.zzz=1", "valid here: run_dir, loggers, project, num_trajectories_kept"),
     ],
 )
 def test_an_unknown_key_is_refused_with_the_nearest_name(write, override, expected):

@@ -106,3 +106,29 @@ def test_later_steps_are_left_to_the_table():
 def test_reward_is_that_of_valid_trajectories_only():
     better = [replace(TRAJECTORIES[3], reward=1.0), TRAJECTORIES[4]]
     assert rollout_metrics(better)["rollout/reward_mean"] == 1.0
+
+
+def test_the_two_parts_of_the_advantage_are_compared():
+    sums = {"group_advantage_abs": 2.0, "opd_abs": 6.0, "log_ratio_squared": 8.0, "kl_k1": 4.0}
+    records = IterationRecords([], [], {"rows": 4.0, **sums}, {"r": 0.5, "-r": 3.0})
+    m = credit_metrics(records, grpo_coef=0.5)
+    assert (m["sod/grpo_abs_mean"], m["sod/opd_abs_mean"]) == (0.25, 1.5)
+    assert m["sod/opd_to_grpo_ratio"] == 6.0
+    assert (m["sod/r_max"], m["sod/r_min"], m["sod/r_std"]) == (0.5, -3.0, 1.0)  # 2 - 1^2
+    assert m["actor/kl_k1"] == 1.0 and "actor/log_ratio_squared" not in m
+
+
+def test_lost_trajectories_are_counted_not_averaged():
+    m = credit_metrics(IterationRecords([], [], {"rows": 4.0}, {}, {"nonfinite_trajectories": 3.0}))
+    assert m["sod/nonfinite_trajectories"] == 3.0
+
+
+def test_capped_steps_and_patterns_are_shares():
+    rows = [("a", 1, 0.5, 1.0), ("a", 2, 0.3, 1.2), ("b", 1, 0.2, 1.0), ("b", 2, 1.6, 0.125)]
+    records = _records([])
+    records.step_rows += [
+        {"trajectory": t, "step": k, "d_k": d, "w_k": w} for t, k, d, w in rows
+    ]  # fmt: skip
+    m = credit_metrics(records, cap=1.2)
+    assert m["sod/cap_fraction"] == 0.25 and "sod/cap_fraction" not in credit_metrics(records)
+    assert m["sod/pattern_stable"] == m["sod/pattern_erroneous"] == 0.5

@@ -97,7 +97,14 @@ def test_without_a_teacher_there_are_rows_but_no_divergences(parts):
     records = _records((batch, micros, alone, credits, None))
     assert {(r["d_k"], r["w_k"]) for r in records.step_rows} == {(None, None)}
     # the engine said 0 for every token, the student -1, -1, -2, -0.5, -0.5
-    assert records.sums == {"rows": 5.0, "student_entropy": 5.0, "engine_gap": 5.0}
+    assert records.sums == {
+        "rows": 5.0,
+        "student_entropy": 5.0,
+        "engine_gap": 5.0,
+        "group_advantage_abs": 2.5,
+        "advantage": -5.0,
+    }
+    assert records.maxima == {} and records.counts == {"nonfinite_trajectories": 0.0}
     assert records.trajectory_rows[0]["log_ratios"] == [] == records.trajectory_rows[0]["d"]
 
 
@@ -108,6 +115,16 @@ def test_importance_weights_are_summed_and_their_largest_kept_only_when_they_are
     options = {"iteration": 4, "num_trajectories_kept": 0}
     records = local_records(*parts, **options, importance_cap=2.0)
     assert (records.sums["importance"], records.sums["importance_clipped"]) == (7.0, 2.0)
-    assert records.maxima == {"importance_max": 2.0}
+    assert records.maxima["importance_max"] == 2.0
     unused = local_records(*parts, **options)
-    assert "importance" not in unused.sums and unused.maxima == {}
+    assert "importance" not in unused.sums and "importance_max" not in unused.maxima
+
+
+def test_the_ends_of_the_log_ratio_and_lost_trajectories_are_kept(parts):
+    batch, *rest = parts
+    batch = replace(batch, num_nonfinite=3, is_taught=torch.tensor([True, False]))
+    records = _records((batch, *rest))
+    assert records.maxima == {"r": 0.5, "-r": 30.0}
+    assert records.counts == {"nonfinite_trajectories": 3.0, "untaught_trajectories": 1.0}
+    # -.5 .5 0 -30 .25
+    assert records.sums["log_ratio_squared"] == pytest.approx(900.5625)
