@@ -19,28 +19,35 @@ class Pieces:
         self.table: list[str] = []
         self._index: dict[str, int] = {}
         self._of_id: dict[int, int] = {}
+        self._joined: dict[tuple[int, ...], str] = {}
 
     def add(self, ids: list[int]) -> np.ndarray:
         """[len(ids)] uint32 into `table`; a character spread over tokens stands on its first."""
-        found = np.array([self._piece_of(id) for id in ids], dtype=np.uint32)
-        at = 0
-        while at < len(ids):
-            if _HALF in self.table[found[at]]:
-                text, count = self._join(ids[at : at + _LONGEST_CHARACTER])
+        distinct, place = np.unique(np.array(ids, np.int64), return_inverse=True)
+        pieces = np.array([self._piece_of(int(id)) for id in distinct], np.uint32)
+        found = pieces[place] if len(ids) else np.zeros(0, np.uint32)
+        is_half = np.array([_HALF in self.table[piece] for piece in pieces], bool)
+        done = 0
+        for at in np.flatnonzero(is_half[place]) if is_half.any() else ():
+            if at >= done:
+                text, count = self._join(tuple(ids[at : at + _LONGEST_CHARACTER]))
                 found[at] = self._place(text)
                 found[at + 1 : at + count] = self._place("")
-                at += count
-            else:
-                at += 1
+                done = at + count
         return found
 
-    def _join(self, ids: list[int]) -> tuple[str, int]:
+    def _join(self, ids: tuple[int, ...]) -> tuple[str, int]:
         """The shortest prefix of `ids` that decodes to whole characters, else the first alone."""
         for count in range(2, len(ids) + 1):
-            text = self._tokenizer.decode(ids[:count])
+            text = self._decode(ids[:count])
             if _HALF not in text:
                 return text, count
         return self.table[self._piece_of(ids[0])], 1
+
+    def _decode(self, ids: tuple[int, ...]) -> str:
+        if ids not in self._joined:
+            self._joined[ids] = self._tokenizer.decode(list(ids))
+        return self._joined[ids]
 
     def _piece_of(self, id: int) -> int:
         if id not in self._of_id:

@@ -42,3 +42,12 @@ def test_the_page_weighs_as_the_trainer_does():
     for options, answer in zip(CASES, json.loads(done.stdout), strict=True):
         weights = np.array([math.nan if w is None else w for w in answer])
         assert_same_weights(weights, expected(run, options), options)
+
+
+def test_the_page_offers_every_policy_there_is():
+    from megatron_sod.algorithm.step_weights import STEP_WEIGHTS
+
+    line = next(
+        line for line in (HERE / "weights.js").read_text().splitlines() if "POLICIES =" in line
+    )
+    assert set(json.loads(line.split("=")[1].strip(" ;"))) == set(STEP_WEIGHTS)
