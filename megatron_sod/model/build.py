@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 
+from typing import Any, Literal
+
 import torch
 import torch.nn.functional as F
-from megatron.core.models.gpt import GPTModel
+from megatron.core.extensions.transformer_engine import TENorm
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.mappings import (
-    copy_to_tensor_model_parallel_region,
-    gather_from_sequence_parallel_region,
-)
 from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
     get_num_layers_to_build,
@@ -24,65 +22,47 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_sod.config.schema import ParallelConfig
 from megatron_sod.model.geometry import Geometry
+from megatron_sod.model.gpt import HiddenStateGPT, PipelineModel
 from megatron_sod.model.layers import PackedCausalAttention, RMSNorm
+from megatron_sod.model.rope import inverse_frequencies
 from megatron_sod.parallel.cpu import device
 
+Recompute = Literal["none", "selective", "full"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
-class HiddenStateGPT(GPTModel):
-    """A GPTModel whose last stage returns hidden states; `output_logits` applies the head.
+def has_transformer_engine() -> bool:
+    """Whether the layers come from Transformer-Engine, which needs a GPU."""
+    return torch.cuda.is_available() and bool(importlib.util.find_spec("transformer_engine"))
 
-    So the head runs on the rows that carry loss only, and prompt or tool tokens never get logits.
+
+def has_fused_gradient_accumulation() -> bool:
+    """Whether the matrix product itself can add weight gradients into `main_grad`.
+
+    Megatron's own linear layers, which hold embedding and head also beside Transformer-Engine, need
+    apex's extension for it.
     """
-
-    real_vocab_size: int  # columns past it are padding
-
-    @property
-    def vocab_start(self) -> int:
-        """The id of this rank's first vocabulary row."""
-        tp = self.pg_collection.tp
-        return tp.rank() * (self.vocab_size // tp.size())
-
-    def _postprocess(self, hidden_states, *args, **kwargs):
-        return hidden_states
-
-    def head_weight(self) -> torch.Tensor:
-        """[V / TP, H] this rank's shard of the output head, tied or not."""
-        if self.share_embeddings_and_output_weights:
-            return self.shared_embedding_or_output_weight()
-        return self.output_layer.weight
-
-    def select_rows(self, hidden_states: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """Rows [R, H] of the last stage's [S, 1, H], ready for a head shard on every TP rank.
-
-        The backward pass sums the ranks' partial gradients once, here: an all-reduce, or a
-        reduce-scatter under sequence parallelism.
-        """
-        tp_group = self.pg_collection.tp
-        if self.config.sequence_parallel:
-            hidden_states = gather_from_sequence_parallel_region(
-                hidden_states, tensor_parallel_output_grad=True, group=tp_group
-            )
-        else:
-            hidden_states = copy_to_tensor_model_parallel_region(hidden_states, group=tp_group)
-        return hidden_states.squeeze(1)[rows]
-
-    def output_logits(self, hidden_states: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """[R, V / TP] logits of the given rows."""
-        return F.linear(self.select_rows(hidden_states, rows), self.head_weight())
-
-
-def unwrapped(module: torch.nn.Module) -> HiddenStateGPT:
-    """The model itself, also when DDP wraps it."""
-    return getattr(module, "module", module)  # type: ignore[arg-type]
+    extension = importlib.util.find_spec("fused_weight_gradient_mlp_cuda")
+    return torch.cuda.is_available() and bool(extension)
 
 
 def transformer_config(
-    geometry: Geometry, parallel: ParallelConfig, *, dtype: torch.dtype
+    geometry: Geometry,
+    parallel: ParallelConfig,
+    *,
+    dtype: torch.dtype,
+    recompute: Recompute = "none",
 ) -> TransformerConfig:
     """Megatron's configuration; every fused kernel that needs CUDA or Transformer-Engine is off
     where it is missing."""
+    options: dict[str, Any] = {}
+    if geometry.is_moe:
+        options |= _moe_options(geometry)
+    if recompute == "full":
+        options |= dict(recompute_method="uniform", recompute_num_layers=1)
+    if recompute != "none":
+        options["recompute_granularity"] = recompute
+    has_te = has_transformer_engine()
     return TransformerConfig(
         num_layers=geometry.num_layers,
         hidden_size=geometry.hidden_size,
@@ -104,6 +84,8 @@ def transformer_config(
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
         context_parallel_size=parallel.context_parallel_size,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=parallel.expert_tp_size,
         sequence_parallel=parallel.sequence_parallel,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -116,23 +98,46 @@ def transformer_config(
         bias_dropout_fusion=False,
         bias_activation_fusion=False,
         masked_softmax_fusion=False,
-        apply_rope_fusion=False,
-        gradient_accumulation_fusion=False,
+        apply_rope_fusion=has_te,
+        gradient_accumulation_fusion=has_fused_gradient_accumulation(),
         deallocate_pipeline_outputs=True,
+        **options,
     )
 
 
-def _block_spec(geometry: Geometry, config: TransformerConfig, pp_rank: int):
+def _moe_options(geometry: Geometry) -> dict[str, Any]:
+    """Top-k routing as in transformers: a float32 softmax over all experts, no token dropped and no
+    auxiliary loss, which would pull a distilled student away from its teacher."""
+    return dict(
+        num_moe_experts=geometry.num_experts,
+        moe_ffn_hidden_size=geometry.expert_ffn_hidden_size,
+        moe_router_topk=geometry.experts_per_token,
+        # the softmax of the chosen logits equals the full softmax divided by the chosen sum
+        moe_router_pre_softmax=not geometry.norm_topk_prob,
+        moe_router_dtype="fp32",
+        moe_router_load_balancing_type="none",
+        moe_aux_loss_coeff=0.0,
+        moe_grouped_gemm=has_transformer_engine(),
+    )
+
+
+def _block_spec(geometry: Geometry, config: TransformerConfig, pp_rank: int, vp_stage: int | None):
     """Transformer-Engine layers where it is installed, local layers otherwise."""
-    if torch.cuda.is_available() and importlib.util.find_spec("transformer_engine"):
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=geometry.qk_norm)
-    spec = get_gpt_layer_local_spec(qk_layernorm=geometry.qk_norm, normalization="RMSNorm")
+    num_layers = get_num_layers_to_build(config, vp_stage, pp_rank)
+    experts = geometry.num_experts or None
+    if has_transformer_engine():
+        spec = get_gpt_layer_with_transformer_engine_spec(
+            experts, moe_grouped_gemm=geometry.is_moe, qk_layernorm=geometry.qk_norm
+        )
+        return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=TENorm)
+    spec = get_gpt_layer_local_spec(
+        experts, moe_grouped_gemm=False, qk_layernorm=geometry.qk_norm, normalization="RMSNorm"
+    )
     layer, attention = spec.submodules, spec.submodules.self_attention.submodules
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
     if geometry.qk_norm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     attention.core_attention = PackedCausalAttention
-    num_layers = get_num_layers_to_build(config, None, pp_rank)
     return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=RMSNorm)
 
 
@@ -142,20 +147,27 @@ def build_model(
     groups: ProcessGroupCollection,
     *,
     dtype: str = "float32",
-) -> HiddenStateGPT:
+    recompute: Recompute = "none",
+) -> PipelineModel:
     """This rank's part of the model, randomly initialised."""
-    config = transformer_config(geometry, parallel, dtype=DTYPES[dtype])
-    model = HiddenStateGPT(
-        config=config,
-        transformer_layer_spec=_block_spec(geometry, config, groups.pp.rank()),
-        vocab_size=geometry.padded_vocab_size(parallel.tensor_model_parallel_size),
-        max_sequence_length=geometry.max_position_embeddings,
-        pre_process=groups.pp.rank() == 0,
-        post_process=groups.pp.rank() == groups.pp.size() - 1,
-        share_embeddings_and_output_weights=geometry.tied_embeddings,
-        position_embedding_type="rope",
-        rotary_base=geometry.rope_theta,
-        pg_collection=groups,
-    )
-    model.real_vocab_size = geometry.vocab_size
-    return model.to(device())
+    config = transformer_config(geometry, parallel, dtype=DTYPES[dtype], recompute=recompute)
+    num_chunks = parallel.virtual_pipeline_model_parallel_size or 1
+    chunks = []
+    for number in range(num_chunks):
+        vp_stage = number if num_chunks > 1 else None
+        chunk = HiddenStateGPT(
+            config=config,
+            transformer_layer_spec=_block_spec(geometry, config, groups.pp.rank(), vp_stage),
+            vocab_size=geometry.padded_vocab_size(parallel.tensor_model_parallel_size),
+            max_sequence_length=geometry.max_position_embeddings,
+            pre_process=groups.pp.rank() == 0 and number == 0,
+            post_process=groups.pp.rank() == groups.pp.size() - 1 and number == num_chunks - 1,
+            share_embeddings_and_output_weights=geometry.tied_embeddings,
+            position_embedding_type="rope",
+            rotary_base=geometry.rope_theta,
+            pg_collection=groups,
+            vp_stage=vp_stage,
+        )
+        chunk.rotary_pos_emb.inv_freq = inverse_frequencies(geometry)
+        chunks.append(chunk.to(device()))
+    return PipelineModel(chunks, groups, real_vocab_size=geometry.vocab_size)

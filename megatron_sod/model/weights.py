@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,24 +13,8 @@ from megatron_sod.convert.hf_files import HfTensors, write_hf_directory
 from megatron_sod.convert.layout import Segment, hf_shapes, segments_of, sharding_of
 from megatron_sod.convert.megatron_files import MegatronSource, is_megatron_checkpoint
 from megatron_sod.errors import ModelError
-from megatron_sod.model.build import HiddenStateGPT
 from megatron_sod.model.geometry import Geometry
-
-_LOCAL_LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
-
-
-def global_parameters(model: HiddenStateGPT) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """(name with the layer's number in the whole model, parameter) of this rank.
-
-    The copy of a tied embedding that the last pipeline stage holds is left out: the first stage
-    owns it.
-    """
-    for name, parameter in model.named_parameters():
-        if match := _LOCAL_LAYER.match(name):
-            number = model.decoder.layers[int(match[1])].layer_number - 1
-            name = f"decoder.layers.{number}.{name[match.end() :]}"
-        yield name, parameter
-
+from megatron_sod.model.gpt import PipelineModel
 
 def split_of(groups: ProcessGroupCollection) -> dict[str, int]:
     """This rank's place in the model, as `segments_of` takes it."""
@@ -50,7 +33,7 @@ def has_weights(model_dir: str | Path) -> bool:
     return any(Path(model_dir).glob("*.safetensors")) or is_megatron_checkpoint(model_dir)
 
 
-def load_hf_weights(model: HiddenStateGPT, geometry: Geometry, model_dir: str | Path) -> None:
+def load_hf_weights(model: PipelineModel, geometry: Geometry, model_dir: str | Path) -> None:
     """Fill this rank's parameters from a model directory.
 
     The directory holds safetensors, of which only the needed slices are read, or a Megatron
@@ -64,7 +47,7 @@ def load_hf_weights(model: HiddenStateGPT, geometry: Geometry, model_dir: str | 
     is_checkpoint = is_megatron_checkpoint(model_dir)
     tensors = MegatronSource(model_dir, geometry) if is_checkpoint else HfTensors(model_dir)
     shapes, split = hf_shapes(geometry), split_of(model.pg_collection)
-    for name, parameter in global_parameters(model):
+    for name, parameter in model.global_parameters():
         segments = segments_of(name, geometry, **split)
         with torch.no_grad():
             parameter.zero_()
@@ -98,7 +81,7 @@ def main_grad(parameter: torch.nn.Parameter) -> torch.Tensor:
 
 
 def owned_segments(
-    model: HiddenStateGPT, geometry: Geometry, value_of: ValueOf = _weight
+    model: PipelineModel, geometry: Geometry, value_of: ValueOf = _weight
 ) -> Iterator[tuple[Segment, torch.Tensor]]:
     """(segment, view of the local parameter) this rank is the one owner of, in model order.
 
@@ -107,7 +90,7 @@ def owned_segments(
     """
     groups: ProcessGroupCollection = model.pg_collection
     split = split_of(groups)
-    for name, parameter in global_parameters(model):
+    for name, parameter in model.global_parameters():
         if name == "output_layer.weight" and geometry.tied_embeddings:
             continue
         sharding = sharding_of(name)
@@ -124,7 +107,7 @@ def owned_segments(
 
 
 def gather_hf_tensors(
-    model: HiddenStateGPT, geometry: Geometry, value_of: ValueOf = _weight
+    model: PipelineModel, geometry: Geometry, value_of: ValueOf = _weight
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Every HF tensor (or the gradient in its shape), assembled on global rank 0, one at a time.
 
@@ -159,7 +142,7 @@ def _device_of(model: torch.nn.Module) -> torch.device:
 
 
 def export_hf(
-    model: HiddenStateGPT, geometry: Geometry, out_dir: str | Path, side_files_from: str | Path
+    model: PipelineModel, geometry: Geometry, out_dir: str | Path, side_files_from: str | Path
 ) -> None:
     """Write the model as a Hugging Face directory (rank 0 writes). A collective."""
     tensors = ((name, tensor.cpu()) for name, tensor in gather_hf_tensors(model, geometry))

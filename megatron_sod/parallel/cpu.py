@@ -14,6 +14,7 @@ import types
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 
 _FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange")
 # Modules that write device="cuda" literally on paths a CPU run takes.
@@ -124,3 +125,44 @@ def _patch_megatron() -> None:
 
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None  # referenced but only defined with Transformer-Engine
+    _patch_expert_communication()
+
+
+def _patch_expert_communication() -> None:
+    """Split sizes that differ between ranks, which only experts use, over gloo."""
+    from megatron.core.tensor_parallel import mappings
+    from megatron.core.transformer.moe import token_dispatcher
+
+    exchange = token_dispatcher.all_to_all
+    gather, reduce_scatter = (
+        mappings._gather_along_first_dim,
+        mappings._reduce_scatter_along_first_dim,
+    )
+
+    def all_to_all(group, tokens, output_splits=None, input_splits=None, **options):
+        # The dispatcher turns split sizes into lists while it copies them off the GPU.
+        splits = [
+            s.tolist() if isinstance(s, torch.Tensor) else s for s in (output_splits, input_splits)
+        ]
+        return exchange(group, tokens, *splits, **options)
+
+    def uneven_gather(tokens, group, splits=None, use_global_buffer=False):
+        if splits is None or group.size() == 1:
+            return gather(tokens, group, splits, use_global_buffer)
+        longest = max(splits)  # gloo gathers equal sizes only
+        padded = tokens.new_zeros(longest, *tokens.shape[1:])
+        padded[: tokens.size(0)] = tokens
+        parts = [torch.empty_like(padded) for _ in splits]
+        dist.all_gather(parts, padded, group=group)
+        return torch.cat([part[:size] for part, size in zip(parts, splits, strict=True)])
+
+    def uneven_reduce_scatter(tokens, group, splits=None, use_global_buffer=False):
+        if splits is None or group.size() == 1:
+            return reduce_scatter(tokens, group, splits, use_global_buffer)
+        summed = tokens.clone()
+        dist.all_reduce(summed, group=group)
+        return summed.split(splits)[group.rank()]
+
+    token_dispatcher.all_to_all = all_to_all
+    mappings._gather_along_first_dim = uneven_gather
+    mappings._reduce_scatter_along_first_dim = uneven_reduce_scatter

@@ -21,7 +21,7 @@ RowsFn = Callable[[torch.Tensor, MicroBatch, int], Any]
 
 
 def forward_backward(
-    model: torch.nn.Module, micro_batches: Sequence[MicroBatch], loss_fn: LossFn
+    model: PipelineModel, micro_batches: Sequence[MicroBatch], loss_fn: LossFn
 ) -> list[Any]:
     """Accumulate gradients of all micro-batches; what `loss_fn` collects, on the last stage.
 
@@ -32,35 +32,47 @@ def forward_backward(
 
 
 def forward_only(
-    model: torch.nn.Module, micro_batches: Sequence[MicroBatch], rows_fn: RowsFn
+    model: PipelineModel, micro_batches: Sequence[MicroBatch], rows_fn: RowsFn
 ) -> list[Any]:
     """What `rows_fn` returns for each micro-batch, without gradient; on the last stage."""
     with torch.no_grad():
         return _run(model, micro_batches, rows_fn, forward_only=True)
 
 
-def _run(model, micro_batches: Sequence[MicroBatch], fn, *, forward_only: bool) -> list[Any]:
-    numbered = iter(enumerate(micro_batches))
+def _run(model: PipelineModel, micro_batches, fn, *, forward_only: bool) -> list[Any]:
+    groups = model.pg_collection
+    local = [context_part(batch, groups.cp.rank(), groups.cp.size()) for batch in micro_batches]
+    padded = local + _fillers(model, local)
 
-    def forward_step(iterator, model_chunk):
+    def forward_step(iterator, chunk):
         number, batch = next(iterator)
         STATUS.at_micro_batch(number + 1, len(micro_batches))
         batch = to_device(batch)
-        hidden = model_chunk(
+        hidden = chunk(
             batch.token_ids, batch.position_ids, None, packed_seq_params=_packed_params(batch)
         )
         return hidden, partial(_finish, fn, batch, number)
 
-    return get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=numbered,
-        model=[model],
-        num_microbatches=len(micro_batches),
-        seq_length=max(batch.token_ids.size(1) for batch in micro_batches),
-        micro_batch_size=1,
-        forward_only=forward_only,
-        collect_non_loss_data=forward_only,
-    )
+    with own_groups(groups):
+        collected = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=[iter(enumerate(padded)) for _ in model.runnable],
+            model=model.runnable,
+            num_microbatches=len(padded),
+            seq_length=max(batch.token_ids.size(1) for batch in padded) * groups.cp.size(),
+            micro_batch_size=1,
+            forward_only=forward_only,
+            collect_non_loss_data=forward_only,
+        )
+    return collected[: len(local)]
+
+
+def _fillers(model: PipelineModel, batches: list[MicroBatch]) -> list[MicroBatch]:
+    """Micro-batches without rows that round the number up to what an interleaved pipeline needs, a
+    multiple of its stages."""
+    if len(model.runnable) == 1:
+        return []
+    return [without_rows(batches[0])] * (-len(batches) % model.pg_collection.pp.size())
 
 
 def _finish(fn, batch: MicroBatch, number: int, hidden: torch.Tensor, non_loss_data: bool = False):
