@@ -13,6 +13,7 @@ from dataclasses import replace
 from megatron_sod.collapse import answer_alarms
 from megatron_sod.config.schema import SodConfig
 from megatron_sod.data.batch import build_training_batch
+from megatron_sod.data.packing import alignment_of
 from megatron_sod.eval.runner import EvalResult, evaluate
 from megatron_sod.model.weights import export_hf
 from megatron_sod.observe.live_view import TrainingView, training_view
@@ -67,7 +68,7 @@ def run_iteration(session: Session) -> dict[str, float]:
     coef = distill_coef(config.distill, iteration)
     with clock("score"):
         scores = score(
-            session.student.ddp,
+            session.student.model,
             session.teacher if coef > 0 else None,
             micro_batches,
             temperature=config.rollout.temperature,
@@ -191,14 +192,13 @@ def _transfer(session: Session, policy_version: int) -> dict[str, float]:
 
 def _training_batch(session: Session, trajectories: list[Trajectory]) -> TrainingBatch:
     train, groups = session.config.train, session.groups
-    parallel = session.config.student.parallel
     return build_training_batch(
         trajectories,
         num_mini_batches=train.train_batch_size // train.ppo_mini_batch_size,
         tokens_per_micro_batch=train.tokens_per_micro_batch,
         dp_rank=groups.dp.rank(),
         dp_size=groups.dp.size(),
-        multiple_of=groups.tp.size() if parallel.sequence_parallel else 1,
+        alignment=alignment_of(session.config.student.parallel),
         teacher_prompts=session.teacher_prompts,
     )
 

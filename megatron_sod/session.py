@@ -20,10 +20,11 @@ from megatron_sod.data.privileged import teacher_prompts
 from megatron_sod.data.sources import load_prompts
 from megatron_sod.data.tokenizer import load_tokenizer
 from megatron_sod.errors import ConfigError
-from megatron_sod.model.build import HiddenStateGPT, build_model
+from megatron_sod.model.build import build_model
 from megatron_sod.model.geometry import Geometry, layout_problems, load_geometry
+from megatron_sod.model.gpt import PipelineModel
 from megatron_sod.model.parity import check_same_vocabulary
-from megatron_sod.model.weights import has_weights, load_hf_weights
+from megatron_sod.model.weights import has_weights, load_head, load_hf_weights
 from megatron_sod.observe import terminal
 from megatron_sod.observe.live_view import TrainingView
 from megatron_sod.observe.loggers import Logger, open_loggers
@@ -32,6 +33,7 @@ from megatron_sod.observe.run_dir import RunDir, versions
 from megatron_sod.observe.telemetry import Telemetry
 from megatron_sod.observe.watchdog import Watchdog
 from megatron_sod.parallel import state
+from megatron_sod.parallel.cpu import device
 from megatron_sod.reshard.canary import canary_sequences, trainer_logprobs
 from megatron_sod.reshard.sync import WeightSync
 from megatron_sod.rollout.controller import RolloutController
@@ -39,6 +41,7 @@ from megatron_sod.rollout.ray_instance import log_folder, stop_ray
 from megatron_sod.rollout.recording import Recording
 from megatron_sod.rollout.source import LiveRollouts, RecordedRollouts, Rollouts
 from megatron_sod.rollout.worker import make_chat
+from megatron_sod.scoring.teacher import Teacher
 from megatron_sod.train.checkpoint import Checkpoints, Description, Progress
 from megatron_sod.train.checkpoint_files import read_about
 from megatron_sod.train.trainable import Trainable
@@ -52,7 +55,7 @@ class Session:
     config: SodConfig
     groups: ProcessGroupCollection
     student: Trainable
-    teacher: HiddenStateGPT | None
+    teacher: Teacher | None
     prompts: list[Prompt]
     teacher_prompts: dict[str, list[int]] | None  # what a privileged teacher reads
     eval_prompts: list[Prompt]
@@ -129,8 +132,7 @@ def open_session(config: SodConfig) -> Iterator[Session]:
         )
         teacher = None
         if config.teacher is not None and inputs.teacher is not None and config.distill.coef > 0:
-            teacher = _model(config.teacher, inputs.teacher, groups)
-            teacher.requires_grad_(False)
+            teacher = _teacher(config, inputs.teacher, groups)
         progress = Progress(0, 0, 0, 0, config_hash(config))
         if resume_from is not None:
             progress = checkpoints.load(student, resume_from)
@@ -213,11 +215,34 @@ class Inputs:
 
 def _model(
     model_config: ModelConfig, geometry: Geometry, groups: ProcessGroupCollection
-) -> HiddenStateGPT:
+) -> PipelineModel:
     model = build_model(geometry, model_config.parallel, groups, dtype=model_config.dtype)
     if has_weights(model_config.path):
         load_hf_weights(model, geometry, model_config.path)
     return model
+
+
+def _teacher(
+    config: SodConfig, geometry: Geometry, student_groups: ProcessGroupCollection
+) -> Teacher:
+    """In the student's groups if its layout is the same, else in groups of its own."""
+    section, tp = config.teacher, student_groups.tp
+    assert section is not None
+    if section.parallel == config.student.parallel:
+        return Teacher(_model(section, geometry, student_groups), student_groups)
+    groups = state.further_groups(section.parallel)
+    with state.own_groups(groups):
+        model = _model(section, geometry, groups)
+    head = None
+    if state.is_last_stage(student_groups):
+        head = load_head(
+            geometry,
+            section.path,
+            tp_rank=tp.rank(),
+            tp_size=tp.size(),
+            dtype=model.config.params_dtype,
+        ).to(device())
+    return Teacher(model, student_groups, head)
 
 
 def _resume_from(config: SodConfig, checkpoints: Checkpoints) -> str | Path | None:
@@ -261,6 +286,6 @@ def _weight_sync(
         geometry,
         controller.engine_control() if controller else None,
         canaries=canaries,
-        trainer_logprobs=lambda sequences: trainer_logprobs(student.ddp, sequences),
+        trainer_logprobs=lambda sequences: trainer_logprobs(student.model, sequences),
         tolerance=config.transfer.canary_tolerance,
     )

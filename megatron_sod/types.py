@@ -90,6 +90,12 @@ class MicroBatch:
     step_ids: torch.Tensor  # [R] int64, 1..K
     trajectory_ids: torch.Tensor  # [R] int64, index into this rank's trajectories
     rollout_logprobs: torch.Tensor  # [R] float32
+    # [R] int64, on a context-parallel rank: which rows of the whole micro-batch it holds; None: all
+    places: torch.Tensor | None = None
+
+    def part_of(self, whole: torch.Tensor) -> torch.Tensor:
+        """This rank's rows of a value that the whole micro-batch has one of per row."""
+        return whole if self.places is None else whole[self.places.to(whole.device)]
 
 
 @dataclass(frozen=True)
@@ -115,7 +121,10 @@ class TrainingBatch:
 
 @dataclass(frozen=True)
 class TokenScores:
-    """What student and teacher say about one micro-batch; on the last pipeline stage only."""
+    """What student and teacher say about one micro-batch; on the last pipeline stage only.
+
+    Every context-parallel rank holds all R rows.
+    """
 
     student_logprobs: torch.Tensor  # [R] float32, nats, of the sampled token
     student_entropy: torch.Tensor  # [R] nats

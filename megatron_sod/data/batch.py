@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from megatron_sod.algorithm.advantages import group_advantages
-from megatron_sod.data.packing import PackItem, pack, plan_micro_batches
+from megatron_sod.data.packing import Alignment, PackItem, pack, plan_micro_batches
 from megatron_sod.errors import RolloutError
 from megatron_sod.types import MicroBatch, MiniBatch, TrainingBatch, Trajectory
 
@@ -19,7 +19,7 @@ def build_training_batch(
     tokens_per_micro_batch: int,
     dp_rank: int,
     dp_size: int,
-    multiple_of: int,
+    alignment: Alignment,
     teacher_prompts: Mapping[str, list[int]] | None = None,
 ) -> TrainingBatch:
     """Cut one iteration's trajectories for one data-parallel rank.
@@ -52,6 +52,7 @@ def build_training_batch(
             [max(len(_token_ids(trajectories[i], r)) for r in readers) for i in chunk],
             dp_size=dp_size,
             tokens_per_micro_batch=tokens_per_micro_batch,
+            alignment=alignment,
         )[dp_rank]
         packs: list[list[MicroBatch]] = [[] for _ in readers]
         for places in plan:
@@ -60,7 +61,7 @@ def build_training_batch(
                     _item(trajectories[chunk[place]], reader, len(mine) + number)
                     for number, place in enumerate(places)
                 ]
-                micro_batches.append(pack(items, multiple_of=multiple_of))
+                micro_batches.append(pack(items, alignment))
             mine += [chunk[place] for place in places]
         mini_batches.append(MiniBatch(*packs))
     kept = [trajectories[i] for i in mine]

@@ -16,6 +16,7 @@ from megatron_sod.errors import ModelError
 from megatron_sod.model.geometry import Geometry
 from megatron_sod.model.gpt import PipelineModel
 
+
 def split_of(groups: ProcessGroupCollection) -> dict[str, int]:
     """This rank's place in the model, as `segments_of` takes it."""
     return {
@@ -43,20 +44,45 @@ def load_hf_weights(model: PipelineModel, geometry: Geometry, model_dir: str | P
         ModelError: a tensor is missing or has another shape than the geometry says.
         CheckpointError: the same of a distributed checkpoint.
     """
-    tensors: HfTensors | MegatronSource
-    is_checkpoint = is_megatron_checkpoint(model_dir)
-    tensors = MegatronSource(model_dir, geometry) if is_checkpoint else HfTensors(model_dir)
-    shapes, split = hf_shapes(geometry), split_of(model.pg_collection)
+    source, split = _Source(geometry, model_dir), split_of(model.pg_collection)
     for name, parameter in model.global_parameters():
-        segments = segments_of(name, geometry, **split)
-        with torch.no_grad():
-            parameter.zero_()
-            for segment in segments:
-                _check_shape(tensors, segment, shapes, model_dir)
-                source = tensors.read(
-                    segment.hf_name, segment.dim, segment.hf_start, segment.length
-                )
-                parameter.narrow(segment.dim, segment.local_start, segment.length).copy_(source)
+        source.fill(parameter, segments_of(name, geometry, **split))
+
+
+def load_head(
+    geometry: Geometry, model_dir: str | Path, *, tp_rank: int, tp_size: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """[V / TP, H] one shard of the output head alone, on the host; padded rows are zero.
+
+    Raises: as `load_hf_weights`.
+    """
+    rows = geometry.padded_vocab_size(tp_size) // tp_size
+    head = torch.empty(rows, geometry.hidden_size, dtype=dtype)
+    segments = segments_of("output_layer.weight", geometry, tp_rank=tp_rank, tp_size=tp_size)
+    _Source(geometry, model_dir).fill(head, segments)
+    return head
+
+
+class _Source:
+    """The HF tensors of a model directory, copied slice by slice."""
+
+    def __init__(self, geometry: Geometry, model_dir: str | Path):
+        self._tensors: HfTensors | MegatronSource
+        is_checkpoint = is_megatron_checkpoint(model_dir)
+        self._tensors = (
+            MegatronSource(model_dir, geometry) if is_checkpoint else HfTensors(model_dir)
+        )
+        self._shapes, self._model_dir = hf_shapes(geometry), model_dir
+
+    @torch.no_grad()
+    def fill(self, parameter: torch.Tensor, segments: list[Segment]) -> None:
+        parameter.zero_()
+        for segment in segments:
+            _check_shape(self._tensors, segment, self._shapes, self._model_dir)
+            source = self._tensors.read(
+                segment.hf_name, segment.dim, segment.hf_start, segment.length
+            )
+            parameter.narrow(segment.dim, segment.local_start, segment.length).copy_(source)
 
 
 def _check_shape(tensors: HfTensors | MegatronSource, segment: Segment, shapes, model_dir) -> None:

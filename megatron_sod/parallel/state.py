@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,12 +32,17 @@ def initialize(parallel: ParallelConfig, *, seed: int, timeout_s: int = DEFAULT_
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    _initialize_groups(parallel)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def _initialize_groups(parallel: ParallelConfig) -> None:
     world_size = dist.get_world_size()
     if world_size % parallel.model_parallel_size:
         raise ConfigError(
             f"world size {world_size} is not a multiple of tensor x pipeline x context parallel "
             f"size {parallel.model_parallel_size}; start torchrun with --nproc-per-node "
-            f"{parallel.model_parallel_size} or change student.parallel"
+            f"{parallel.model_parallel_size} or change the model's `parallel` section"
         )
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
@@ -45,12 +53,49 @@ def initialize(parallel: ParallelConfig, *, seed: int, timeout_s: int = DEFAULT_
         expert_tensor_parallel_size=parallel.expert_tp_size,
         create_gloo_process_groups=False,
     )
-    tensor_parallel.model_parallel_cuda_manual_seed(seed)
 
 
 def process_groups() -> ProcessGroupCollection:
     """The groups of this rank, to be passed to whatever communicates."""
-    return ProcessGroupCollection.use_mpu_process_groups()
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    groups.megatron_globals = _globals()
+    return groups
+
+
+def further_groups(parallel: ParallelConfig) -> ProcessGroupCollection:
+    """Groups of a second model over the same ranks; the first model's stay the default."""
+    first = _globals()
+    parallel_state.destroy_model_parallel()  # forgets the groups, does not close them
+    try:
+        _initialize_groups(parallel)
+        return process_groups()
+    finally:
+        _set_globals(first)
+
+
+@contextlib.contextmanager
+def own_groups(groups: ProcessGroupCollection) -> Iterator[None]:
+    """Megatron's global state shows the groups of the model at hand.
+
+    Most of Megatron takes its groups as arguments; the schedules' defaults, checkpoints and parts
+    of the layers still ask the global state.
+    """
+    before = _globals()
+    _set_globals(groups.megatron_globals)
+    try:
+        yield
+    finally:
+        _set_globals(before)
+
+
+def _globals() -> dict[str, Any]:
+    names = [name for name in vars(parallel_state) if name.startswith("_") and name.isupper()]
+    return {name: getattr(parallel_state, name) for name in names}
+
+
+def _set_globals(values: dict[str, Any]) -> None:
+    for name, value in values.items():
+        setattr(parallel_state, name, value)
 
 
 def shutdown() -> None:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import random
 
-import torch
 import torch.distributed as dist
 
-from megatron_sod.data.packing import PackItem, pack
-from megatron_sod.model.build import unwrapped
+from megatron_sod.data.packing import PackItem, alignment_of, pack
+from megatron_sod.model.gpt import PipelineModel
 from megatron_sod.parallel.state import is_last_stage
 from megatron_sod.scoring.score import score
 
@@ -21,17 +20,15 @@ def canary_sequences(vocab_size: int, length: int) -> list[list[int]]:
     return [[rng.randrange(vocab_size) for _ in range(length)] for _ in range(NUM_CANARIES)]
 
 
-def trainer_logprobs(student: torch.nn.Module, sequences: list[list[int]]) -> list[list[float]]:
+def trainer_logprobs(model: PipelineModel, sequences: list[list[int]]) -> list[list[float]]:
     """Logprobs of each sequence's tokens but the first, on every rank. A collective."""
-    model = unwrapped(student)
     items = [
         PackItem(ids, [True] * len(ids), [1] * len(ids), [0.0] * len(ids), index)
         for index, ids in enumerate(sequences)
     ]
     groups = model.pg_collection
-    multiple = groups.tp.size() if model.config.sequence_parallel else 1
-    batch = pack(items, multiple_of=multiple)
-    scores = score(student, None, [batch], temperature=1.0)
+    batch = pack(items, alignment_of(model.config))
+    scores = score(model, None, [batch], temperature=1.0)
     mine = None
     if is_last_stage(groups) and groups.tp.rank() == 0 and groups.dp_cp.rank() == 0:
         flat = scores[0].student_logprobs.float().cpu()

@@ -15,8 +15,8 @@ import torch.distributed as dist
 
 from megatron_sod.convert.layout import hf_shapes
 from megatron_sod.errors import WeightTransferError
-from megatron_sod.model.build import HiddenStateGPT
 from megatron_sod.model.geometry import Geometry
+from megatron_sod.model.gpt import PipelineModel
 from megatron_sod.model.weights import owned_segments
 from megatron_sod.reshard.manifest import SharedPieces, as_dicts
 
@@ -45,7 +45,7 @@ class WeightSync:
 
     def __init__(
         self,
-        model: HiddenStateGPT,
+        model: PipelineModel,
         geometry: Geometry,
         control: EngineControl | None,
         *,

@@ -32,7 +32,7 @@ def sharded_state(trainable: Trainable, *, is_loading: bool) -> dict[str, Any]:
 
 def apply_state(trainable: Trainable, loaded: dict[str, Any]) -> None:
     """Put loaded values into model and optimizer."""
-    trainable.model.load_state_dict(loaded["model"], strict=False)
+    trainable.model.load_sharded_state_dict(loaded["model"])
     trainable.optimizer.load_state_dict(loaded["optimizer"])
     _separate_step_counts(trainable)
 

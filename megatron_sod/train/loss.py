@@ -6,23 +6,28 @@ R rows that carry loss.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 
 from megatron_sod.algorithm.policy_loss import clipped_surrogate, importance_ratio
 from megatron_sod.config.schema import SodConfig
-from megatron_sod.model.build import HiddenStateGPT
+from megatron_sod.model.gpt import PipelineModel
 from megatron_sod.ops import differentiable_divergence
 from megatron_sod.train.schedule import LossFn
 from megatron_sod.types import MicroBatch, TokenCredit, TokenScores
+
+if TYPE_CHECKING:
+    from megatron_sod.scoring.teacher import Teacher
 
 EXACT_LOSSES = ("reverse_kl", "forward_kl", "jsd")
 
 
 def make_loss_fn(
-    model: HiddenStateGPT,
-    teacher: HiddenStateGPT | None,
+    model: PipelineModel,
+    teacher: Teacher | None,
     credits: Sequence[TokenCredit],
     scores: Sequence[TokenScores],
     config: SodConfig,
@@ -30,8 +35,8 @@ def make_loss_fn(
     """The loss function of one mini-batch; `credits` and `scores` belong to its micro-batches."""
 
     def loss_fn(hidden: torch.Tensor, batch: MicroBatch, number: int):
-        credit, score = credits[number], scores[number]
-        stats = _divergence(model, teacher, hidden, batch, score, config)
+        credit = _part_of(credits[number], batch)
+        stats = _divergence(model, teacher, hidden, batch, scores[number], config)
         loss_R = clipped_surrogate(
             stats.student_logprobs,
             credit.old_logprobs,
@@ -47,12 +52,18 @@ def make_loss_fn(
     return loss_fn
 
 
+def _part_of(credit: TokenCredit, batch: MicroBatch) -> TokenCredit:
+    """The rows of this context-parallel rank."""
+    named = {f.name: v for f in fields(credit) if (v := getattr(credit, f.name)) is not None}
+    return replace(credit, **{name: batch.part_of(whole) for name, whole in named.items()})
+
+
 def _divergence(model, teacher, hidden, batch: MicroBatch, score: TokenScores, config: SodConfig):
     held = score.teacher_hidden  # kept when an exact loss needs the teacher's logits
     teacher_logits = None
     if held is not None:
         with torch.no_grad():
-            teacher_logits = F.linear(held, teacher.head_weight())
+            teacher_logits = F.linear(batch.part_of(held), teacher.head_weight())
     needs_jsd = held is not None and config.distill.loss == "jsd"
     return differentiable_divergence(
         model.output_logits(hidden, batch.rows),

@@ -1,4 +1,8 @@
-"""Packed micro-batches through Megatron's pipeline schedules, with and without gradient."""
+"""Packed micro-batches through Megatron's pipeline schedules, with and without gradient.
+
+Callers speak of whole micro-batches; here each context-parallel rank takes its part, and what the
+given functions see is that part.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,10 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 
+from megatron_sod.data.packing import context_part, without_rows
+from megatron_sod.model.gpt import PipelineModel
 from megatron_sod.parallel.cpu import device
+from megatron_sod.parallel.state import own_groups
 from megatron_sod.parallel.status import STATUS
 from megatron_sod.types import MicroBatch
 
@@ -46,12 +53,13 @@ def _run(model: PipelineModel, micro_batches, fn, *, forward_only: bool) -> list
 
     def forward_step(iterator, chunk):
         number, batch = next(iterator)
-        STATUS.at_micro_batch(number + 1, len(micro_batches))
+        STATUS.at_micro_batch(number + 1, len(padded))
         batch = to_device(batch)
         hidden = chunk(
             batch.token_ids, batch.position_ids, None, packed_seq_params=_packed_params(batch)
         )
-        return hidden, partial(_finish, fn, batch, number)
+        finish = _finish if number < len(local) else _finish_filler
+        return hidden, partial(finish, fn, batch, number)
 
     with own_groups(groups):
         collected = get_forward_backward_func()(
@@ -80,6 +88,13 @@ def _finish(fn, batch: MicroBatch, number: int, hidden: torch.Tensor, non_loss_d
         return fn(hidden, batch, number)
     loss_sum, num_rows, collected = fn(hidden, batch, number)
     return loss_sum, num_rows.int(), collected
+
+
+def _finish_filler(fn, batch, number, hidden: torch.Tensor, non_loss_data: bool = False):
+    """No loss and no rows; its zero gradient keeps the pipeline's backward passes in step."""
+    if non_loss_data:
+        return None
+    return 0.0 * hidden.sum(), torch.zeros((), dtype=torch.int, device=hidden.device), None
 
 
 def to_device(batch: MicroBatch) -> MicroBatch:

@@ -17,7 +17,7 @@ from megatron_sod.config.schema import SftConfig
 from megatron_sod.data.chat import ChatFormat
 from megatron_sod.data.conversations import cold_start_data
 from megatron_sod.data.order import PromptOrder
-from megatron_sod.data.packing import PackItem, pack, plan_micro_batches
+from megatron_sod.data.packing import PackItem, alignment_of, pack, plan_micro_batches
 from megatron_sod.data.sources import load_conversations, tool_schemas
 from megatron_sod.data.tokenizer import load_tokenizer
 from megatron_sod.errors import DataError
@@ -108,18 +108,15 @@ def _batch(
     items: list[PackItem], order: PromptOrder, step: int, config: SftConfig, groups
 ) -> list[MicroBatch]:
     """This rank's micro-batches of a step: a function of the step, so that a run can resume."""
-    size = config.train.global_batch_size
+    size, alignment = config.train.global_batch_size, alignment_of(config.student.parallel)
     chosen = [items[i] for i in order.draw((step - 1) * size, size)]
     plan = plan_micro_batches(
         [len(item.token_ids) for item in chosen],
         dp_size=groups.dp.size(),
         tokens_per_micro_batch=config.train.tokens_per_micro_batch,
+        alignment=alignment,
     )[groups.dp.rank()]
-    multiple = groups.tp.size() if config.student.parallel.sequence_parallel else 1
-    return [
-        pack([replace(chosen[i], index=i) for i in indices], multiple_of=multiple)
-        for indices in plan
-    ]
+    return [pack([replace(chosen[i], index=i) for i in indices], alignment) for indices in plan]
 
 
 class _Saver:
@@ -211,7 +208,7 @@ def _metrics(result, groups) -> dict[str, float]:
     sums = torch.zeros(2, dtype=torch.float64, device=device())
     for loss, count in result.collected:
         sums += torch.stack([loss.double(), count.double()])
-    for group in (groups.dp, groups.pp):
+    for group in (groups.dp_cp, groups.pp):
         dist.all_reduce(sums, group=group)
     return {
         "loss": float(sums[0] / sums[1]),

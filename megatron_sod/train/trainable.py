@@ -14,8 +14,8 @@ from megatron.core.distributed import (
 )
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 
-from megatron_sod.model.build import HiddenStateGPT
 from megatron_sod.model.geometry import Geometry
+from megatron_sod.model.gpt import PipelineModel
 from megatron_sod.train.schedule import LossFn, forward_backward
 from megatron_sod.types import MicroBatch
 
@@ -32,19 +32,19 @@ class StepResult:
 class Trainable:
     """A Megatron model with its gradient buffers and optimizer."""
 
-    def __init__(self, model: HiddenStateGPT, geometry: Geometry, train):
+    def __init__(self, model: PipelineModel, geometry: Geometry, train):
         """`train` has lr, weight_decay, adam_beta1, adam_beta2, clip_grad and
         use_distributed_optimizer (TrainConfig or SftTrainConfig)."""
         self.model, self.geometry = model, geometry
         config = model.config
-        self.ddp = DistributedDataParallel(
-            config,
-            DistributedDataParallelConfig(
-                grad_reduce_in_fp32=config.params_dtype == torch.bfloat16,
-                use_distributed_optimizer=train.use_distributed_optimizer,
-            ),
-            model,
+        ddp_config = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=config.params_dtype == torch.bfloat16,
+            use_distributed_optimizer=train.use_distributed_optimizer,
         )
+        self.ddp_chunks = [
+            DistributedDataParallel(config, ddp_config, chunk) for chunk in model.chunks
+        ]
+        model.runnable = list(self.ddp_chunks)
         self.optimizer: MegatronOptimizer = get_megatron_optimizer(
             OptimizerConfig(
                 optimizer="adam",
@@ -58,10 +58,11 @@ class Trainable:
                 params_dtype=config.params_dtype,
                 use_distributed_optimizer=train.use_distributed_optimizer,
             ),
-            [self.ddp],
+            self.ddp_chunks,
             use_gloo_process_groups=False,
         )
-        config.no_sync_func = self.ddp.no_sync
+        no_sync = [chunk.no_sync for chunk in self.ddp_chunks]
+        config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
         config.finalize_model_grads_func = finalize_model_grads
         config.grad_scale_func = self.optimizer.scale_loss
 
@@ -73,9 +74,10 @@ class Trainable:
     def accumulate(self, micro_batches: Sequence[MicroBatch], loss_fn: LossFn) -> list[Any]:
         """Fresh gradients of the mini-batch, divided by its global token count."""
         self.model.train()
-        self.ddp.zero_grad_buffer()
+        for chunk in self.ddp_chunks:
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        return forward_backward(self.ddp, micro_batches, loss_fn)
+        return forward_backward(self.model, micro_batches, loss_fn)
 
     def step(self, micro_batches: Sequence[MicroBatch], loss_fn: LossFn) -> StepResult:
         """One optimizer step on a mini-batch. A collective over all trainer ranks."""

@@ -1,5 +1,6 @@
-"""Megatron models from HF directories: logits equal transformers', export is bit-exact.
+"""Megatron models from HF directories, every family in every layout that four ranks can hold.
 
+Logits equal transformers', every tensor comes back bit-equal, and weights survive resharding.
 Layers: gloo ranks; transformers is the oracle. Gradients under parallelism: tests/train.
 """
 
@@ -13,80 +14,157 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from tests.helpers.gloo import run_on_ranks
-from tests.helpers.tiny import write_model_with_weights
+from tests.helpers.tiny import ARCHITECTURES, write_model_with_weights
 
 pytestmark = pytest.mark.dist
 
 TP2 = {"tensor_model_parallel_size": 2}
 PP2 = {"pipeline_model_parallel_size": 2}
-LAYOUTS = {
-    1: {"tp1": {}},
-    2: {"tp2": TP2, "tp2_sp": {**TP2, "sequence_parallel": True}, "pp2": PP2},
-    4: {"tp2_pp2": {**TP2, **PP2}},
+CP2 = {"context_parallel_size": 2}
+EP2 = {"expert_model_parallel_size": 2}
+SP = {"sequence_parallel": True}
+DENSE = {
+    "tp1": {},
+    "tp2": TP2,
+    "tp2_sp": {**TP2, **SP},
+    "pp2": PP2,
+    "tp2_pp2": {**TP2, **PP2},
+    "pp2_two_chunks": {**PP2, "virtual_pipeline_model_parallel_size": 2},
+    "cp2": CP2,
+    "tp2_sp_cp2": {**TP2, **SP, **CP2},
+    "pp2_cp2": {**PP2, **CP2},
 }
-SEQUENCES = [[5, 17, 300, 383, 9, 0, 44], [8], [200, 201, 7]]
+EXPERTS = {
+    "ep2": EP2,
+    "ep2_whole_experts": {**TP2, **SP, **EP2, "expert_tensor_parallel_size": 1},
+    "tp2_sp_ep2": {**TP2, **SP, **EP2},
+    "pp2_ep2": {**PP2, **EP2},
+    "cp2_ep2": {**CP2, **EP2},
+}
+LAYOUTS = {**DENSE, **EXPERTS}
+CASES = [(name, layout) for layout in DENSE for name in ARCHITECTURES]
+CASES += [("qwen3_moe", layout) for layout in EXPERTS]
+RESHARDED = ["tp2_pp2", "tp1", "tp4"]
+SEQUENCES = [[5, 17, 300, 183, 9, 0, 44, 21, 8, 250, 99], [8, 1], [200, 201, 7, 13]]
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
-def measured(request, tmp_path_factory):
-    """(model directory, {layout: (logprobs, exported directory)})."""
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("build")
-    model = write_model_with_weights(folder / "model", seed=4, tie_word_embeddings=request.param)
-    results = {}
-    for ranks, layouts in LAYOUTS.items():
-        results |= run_on_ranks(ranks, _logits_and_export, str(model), layouts, str(folder))[-1]
-    return model, results
+    for number, (name, config) in enumerate(ARCHITECTURES.items()):
+        write_model_with_weights(folder / name, seed=number, **config)
+    return folder
 
 
-@pytest.mark.parametrize("layout", ["tp1", "tp2", "tp2_sp", "pp2", "tp2_pp2"])
-def test_logits_equal_transformers_in_every_layout(measured, layout):
+@pytest.fixture(scope="module")
+def measured(models):
+    """Rank 0's {(model, layout): logits and whether its tensors came back}, and the resharding."""
+    return run_on_ranks(4, _measure, str(models), CASES)[0]
+
+
+@pytest.fixture(scope="module")
+def expected(models):
     from transformers import AutoModelForCausalLM
 
-    model_dir, results = measured
-    reference = AutoModelForCausalLM.from_pretrained(model_dir)
-    with torch.no_grad():
-        expected = torch.cat([reference(torch.tensor([ids])).logits[0] for ids in SEQUENCES])
-    assert results[layout].shape == expected.shape
-    assert float((results[layout] - expected).abs().max()) <= 1e-5
+    logits = {}
+    for name in ARCHITECTURES:
+        reference = AutoModelForCausalLM.from_pretrained(models / name)
+        with torch.no_grad():
+            parts = [reference(torch.tensor([ids])).logits[0, :-1] for ids in SEQUENCES]
+        logits[name] = torch.cat(parts)
+    return logits
 
 
-@pytest.mark.parametrize("layout", ["tp1", "tp2", "pp2", "tp2_pp2"])
-def test_hf_round_trip_is_bit_exact(measured, layout):
-    model_dir, _ = measured
-    before = load_file(model_dir / "model.safetensors")
-    after = load_file(model_dir.parent / layout / "model.safetensors")
+@pytest.mark.parametrize(("name", "layout"), CASES)
+def test_logits_equal_transformers_in_every_layout(measured, expected, name, layout):
+    logits = measured[name, layout]["logits"]
+    assert logits.shape == expected[name].shape
+    assert float(expected[name].abs().max()) > 0.5, "logits too small for the bound to mean much"
+    assert float((logits - expected[name]).abs().max()) <= 1e-5
+
+
+@pytest.mark.parametrize(("name", "layout"), CASES)
+def test_hf_round_trip_is_bit_exact(measured, name, layout):
+    assert measured[name, layout]["changed_tensors"] == []
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_weights_survive_resharding_bit_by_bit(measured, models, name):
+    assert measured["resharded"] == RESHARDED
+    before = load_file(models / name / "model.safetensors")
+    after = load_file(models / f"{name}_{RESHARDED[-1]}" / "model.safetensors")
     assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert all(torch.equal(before[tensor], after[tensor]) for tensor in before)
 
 
-def _all_logits(model, hidden, _batch, _number):
-    return model.output_logits(hidden, torch.arange(sum(len(ids) for ids in SEQUENCES)))
+def _measure(folder: str, cases: list) -> dict:
+    results: dict = {}
+    for layout, section in LAYOUTS.items():
+        for name in [n for n, wanted in cases if wanted == layout]:
+            results[name, layout] = _one(f"{folder}/{name}", section)
+    for number, layout in enumerate(RESHARDED):
+        section = {"tensor_model_parallel_size": 4} if layout == "tp4" else LAYOUTS[layout]
+        for name in ARCHITECTURES:
+            source = f"{folder}/{name}" + (f"_{RESHARDED[number - 1]}" if number else "")
+            _export(source, section, f"{folder}/{name}_{layout}")
+    return {**results, "resharded": RESHARDED}
 
 
-def _logits_and_export(model_dir: str, layouts: dict, out: str) -> dict:
+def _load(model_dir: str, section: dict):
     from megatron_sod.config.schema import ParallelConfig
-    from megatron_sod.data.packing import PackItem, pack
     from megatron_sod.model.build import build_model
     from megatron_sod.model.geometry import load_geometry
-    from megatron_sod.model.weights import export_hf, load_hf_weights
+    from megatron_sod.model.weights import load_hf_weights
     from megatron_sod.parallel import state
+
+    parallel, geometry = ParallelConfig(**section), load_geometry(model_dir)
+    if state.parallel_state.is_initialized():
+        state.parallel_state.destroy_model_parallel()
+    state.initialize(parallel, seed=0)
+    model = build_model(geometry, parallel, state.process_groups())
+    load_hf_weights(model, geometry, model_dir)
+    return model, geometry
+
+
+def _export(source: str, section: dict, out: str) -> None:
+    from megatron_sod.model.weights import export_hf
+
+    export_hf(*_load(source, section), out, source)
+
+
+def _one(model_dir: str, section: dict) -> dict:
+    from megatron_sod.data.packing import PackItem, alignment_of, pack
+    from megatron_sod.model.weights import gather_hf_tensors
     from megatron_sod.train.schedule import forward_only
 
-    geometry = load_geometry(model_dir)
-    items = [PackItem(ids, [False] * len(ids), ids, [], 0) for ids in SEQUENCES]
-    results = {}
-    for name, section in layouts.items():
-        parallel = ParallelConfig(**section)
-        state.initialize(parallel, seed=0)
-        groups = state.process_groups()
-        model = build_model(geometry, parallel, groups)
-        load_hf_weights(model, geometry, model_dir)
-        export_hf(model, geometry, f"{out}/{name}", model_dir)
-        batch = pack(items, multiple_of=4)
-        shards = forward_only(model, [batch], partial(_all_logits, model))
-        if shards:
-            parts = [torch.empty_like(shards[0]) for _ in range(groups.tp.size())]
-            dist.all_gather(parts, shards[0].contiguous(), group=groups.tp)
-            results[name] = torch.cat(parts, dim=-1)[:, : geometry.vocab_size]
-        state.parallel_state.destroy_model_parallel()
-    return results
+    model, geometry = _load(model_dir, section)
+    items = [
+        PackItem(ids, [True] * len(ids), ids, [0.0] * len(ids), number)
+        for number, ids in enumerate(SEQUENCES)
+    ]
+    batch = pack(items, alignment_of(model.config))
+    model.eval()
+    logits = forward_only(model, [batch], partial(_all_logits, model, len(batch.rows)))
+    offers: list = [None] * dist.get_world_size()
+    dist.all_gather_object(offers, logits[0][:, : geometry.vocab_size] if logits else None)
+    original = load_file(f"{model_dir}/model.safetensors")
+    changed = [
+        name
+        for name, tensor in gather_hf_tensors(model, geometry)
+        if not torch.equal(tensor, original[name])
+    ]
+    return {
+        "logits": next(offer for offer in offers if offer is not None),
+        "changed_tensors": changed,
+    }
+
+
+def _all_logits(model, num_rows: int, hidden, batch, _number):
+    """[rows, padded vocabulary] of the whole micro-batch."""
+    from megatron_sod.parallel.context import whole_rows
+
+    groups = model.pg_collection
+    shard = model.output_logits(hidden, batch.rows)
+    parts = [torch.empty_like(shard) for _ in range(groups.tp.size())]
+    dist.all_gather(parts, shard.contiguous(), group=groups.tp)
+    return whole_rows(torch.cat(parts, dim=-1), batch.places, num_rows, groups.cp)

@@ -1,0 +1,147 @@
+"""A frozen model that serves the student's ranks, whatever its own parallel layout.
+
+Its last stage's hidden states travel to the ranks that hold the student's logits, and a shard of
+its head split like the student's is applied there: [R, H] moves, never [R, V].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_sod.data.packing import without_rows
+from megatron_sod.model.gpt import PipelineModel
+from megatron_sod.parallel.context import whole_rows
+from megatron_sod.parallel.cpu import device
+from megatron_sod.parallel.state import is_last_stage
+from megatron_sod.train.schedule import forward_only
+from megatron_sod.types import MicroBatch
+
+
+class Teacher:
+    """`hidden_states` of micro-batches, and the head they belong to. Collectives over all ranks."""
+
+    def __init__(
+        self,
+        model: PipelineModel,
+        student_groups: ProcessGroupCollection,
+        head_VpH: torch.Tensor | None = None,
+    ):
+        """
+        Args:
+            model: frozen; over the student's groups, or over its own.
+            head_VpH: the output head split over the student's tensor-parallel ranks; needed on the
+                student's last stage unless the model lives in the student's groups.
+        """
+        model.requires_grad_(False)
+        model.eval()
+        self.model, self._head = model, head_VpH
+        self._student_groups = student_groups
+        self._routes = None
+        if model.pg_collection is not student_groups:
+            self._routes = _Routes(student_groups, model.pg_collection)
+
+    def head_weight(self) -> torch.Tensor:
+        """[V / TP of the student, H], on the student's last stage."""
+        return self.model.head_weight() if self._head is None else self._head
+
+    def hidden_states(self, micro_batches: list[MicroBatch]) -> list[torch.Tensor]:
+        """[R, H] for the rows of each of this rank's micro-batches; empty but on the student's last
+        stage.
+
+        `micro_batches` are those of this data-parallel rank of the student; every such rank brings
+        equally many.
+        """
+        if self._routes is None:
+            return self._forward(micro_batches)
+        replicas: list = [None] * self._student_groups.dp.size()
+        dist.all_gather_object(replicas, micro_batches, group=self._student_groups.dp)
+        packs = [pack for replica in replicas for pack in replica]
+        size, rank = self.model.pg_collection.dp.size(), self.model.pg_collection.dp.rank()
+        mine = packs[rank::size]
+        mine += [without_rows(packs[0])] * (-(-len(packs) // size) - len(mine))
+        held = dict(zip(range(rank, len(packs), size), self._forward(mine), strict=False))
+        return self._routes.deliver(
+            [len(pack.rows) for pack in packs],
+            held,
+            width=self.model.config.hidden_size,
+            dtype=self.model.config.params_dtype,
+        )
+
+    def _forward(self, micro_batches: list[MicroBatch]) -> list[torch.Tensor]:
+        """Whole rows on every rank of the teacher's last stage."""
+        cp_group = self.model.pg_collection.cp
+
+        def rows_fn(hidden: torch.Tensor, batch: MicroBatch, number: int) -> torch.Tensor:
+            rows = self.model.select_rows(hidden, batch.rows)
+            return whole_rows(rows, batch.places, len(micro_batches[number].rows), cp_group)
+
+        return forward_only(self.model, micro_batches, rows_fn)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where one global rank stands in one model."""
+
+    is_last_stage: bool
+    dp_rank: int
+
+
+class _Routes:
+    """Who sends the rows of which micro-batch to whom."""
+
+    def __init__(self, student: ProcessGroupCollection, teacher: ProcessGroupCollection):
+        mine = [_Place(is_last_stage(g), g.dp.rank()) for g in (student, teacher)]
+        places: list = [None] * dist.get_world_size()
+        dist.all_gather_object(places, mine)
+        self._student: list[_Place] = [place[0] for place in places]
+        self._teacher: list[_Place] = [place[1] for place in places]
+        self._student_size, self._teacher_size = student.dp.size(), teacher.dp.size()
+
+    def deliver(
+        self, num_rows: list[int], held: dict[int, torch.Tensor], *, width: int, dtype: torch.dtype
+    ) -> list[torch.Tensor]:
+        """This rank's [R, H] from whoever holds them.
+
+        Args:
+            num_rows: of every micro-batch, replica after replica of the student.
+            held: number of a micro-batch -> its rows, on the teacher's last stage.
+        """
+        per_replica, rank = len(num_rows) // self._student_size, dist.get_rank()
+        received = []
+        for number, rows in enumerate(num_rows):
+            transfers = []
+            for source, target in self._pairs(number, number // per_replica):
+                if target == rank:
+                    buffer = torch.empty(rows, width, dtype=dtype, device=device())
+                    received.append(held[number] if source == rank else buffer)
+                if source == target or rows == 0:
+                    continue
+                if source == rank:
+                    transfers.append(dist.P2POp(dist.isend, held[number].contiguous(), target))
+                elif target == rank:
+                    transfers.append(dist.P2POp(dist.irecv, buffer, source))
+            for request in dist.batch_isend_irecv(transfers) if transfers else ():
+                request.wait()
+        return received
+
+    def _pairs(self, number: int, replica: int) -> list[tuple[int, int]]:
+        """(source, target) ranks of one micro-batch; a rank that holds the rows keeps them."""
+        sources = _ranks(self._teacher, number % self._teacher_size)
+        targets = _ranks(self._student, replica)
+        return [
+            (target if target in sources else sources[index % len(sources)], target)
+            for index, target in enumerate(targets)
+        ]
+
+
+def _ranks(places: list[_Place], dp_rank: int) -> list[int]:
+    """Ranks on the last stage of one replica."""
+    return [
+        rank
+        for rank, place in enumerate(places)
+        if place.is_last_stage and place.dp_rank == dp_rank
+    ]
