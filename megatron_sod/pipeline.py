@@ -192,13 +192,14 @@ def _transfer(session: Session, policy_version: int) -> dict[str, float]:
 
 def _training_batch(session: Session, trajectories: list[Trajectory]) -> TrainingBatch:
     train, groups = session.config.train, session.groups
+    models = (session.config.student, session.config.teacher)
     return build_training_batch(
         trajectories,
         num_mini_batches=train.train_batch_size // train.ppo_mini_batch_size,
         tokens_per_micro_batch=train.tokens_per_micro_batch,
         dp_rank=groups.dp.rank(),
         dp_size=groups.dp.size(),
-        alignment=alignment_of(session.config.student.parallel),
+        alignment=alignment_of(*(model.parallel for model in models if model is not None)),
         teacher_prompts=session.teacher_prompts,
     )
 

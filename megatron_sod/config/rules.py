@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,10 +27,11 @@ def _cold_start(config: SftConfig) -> Iterator[str]:
     train, data = config.train, config.data
     if (train.num_steps is None) == (train.num_epochs is None):
         yield "give either train.num_steps or train.num_epochs, not both and not neither"
-    if train.tokens_per_micro_batch < data.max_length:
+    longest = _padded(data.max_length, [config.student.parallel])
+    if train.tokens_per_micro_batch < longest:
         yield (
             f"train.tokens_per_micro_batch {train.tokens_per_micro_batch} is below data.max_length "
-            f"{data.max_length}: one conversation must fit; raise the first or lower the second"
+            f"{longest}: one conversation must fit; raise the first or lower the second"
         )
 
 
@@ -42,19 +44,30 @@ def _parallel_problems(role: str, parallel: ParallelConfig, cluster) -> Iterator
         )
     if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
         yield f"{role}.parallel.sequence_parallel needs tensor_model_parallel_size > 1"
-    for key in ("context_parallel_size", "expert_model_parallel_size"):
-        if getattr(parallel, key) > 1:
-            yield f"{role}.parallel.{key} > 1 is not supported yet; set it to 1"
-    if parallel.virtual_pipeline_model_parallel_size:
-        yield f"{role}.parallel.virtual_pipeline_model_parallel_size is not supported yet; drop it"
+    stages = parallel.pipeline_model_parallel_size
+    if parallel.virtual_pipeline_model_parallel_size and stages == 1:
+        yield (
+            f"{role}.parallel.virtual_pipeline_model_parallel_size needs "
+            "pipeline_model_parallel_size > 1; drop it"
+        )
+    experts = parallel.expert_tp_size * parallel.expert_model_parallel_size
+    if world % (experts * stages):
+        yield (
+            f"{role}.parallel: expert tensor x expert x pipeline parallel size {experts * stages} "
+            f"does not divide the {world} ranks of `cluster`; change one of them"
+        )
+    is_split_alike = parallel.expert_tp_size == parallel.tensor_model_parallel_size
+    if not is_split_alike and parallel.expert_model_parallel_size == 1:
+        yield (
+            f"{role}.parallel.expert_tensor_parallel_size needs expert_model_parallel_size > 1: "
+            "Megatron sums the gradients of whole experts over expert-parallel layouts only"
+        )
 
 
 def _layout(config: SodConfig) -> Iterator[str]:
     yield from _parallel_problems("student", config.student.parallel, config.cluster)
     if config.teacher is not None:
         yield from _parallel_problems("teacher", config.teacher.parallel, config.cluster)
-        if config.teacher.parallel != config.student.parallel:
-            yield "teacher.parallel must equal student.parallel for now"
 
 
 def _batches(config: SodConfig) -> Iterator[str]:
@@ -70,6 +83,9 @@ def _batches(config: SodConfig) -> Iterator[str]:
     if config.teacher is not None and config.teacher.privileged != "none":
         longest += config.teacher.max_privileged_length
         parts += " + teacher.max_privileged_length"
+    layouts = [config.student.parallel]
+    layouts += [config.teacher.parallel] if config.teacher is not None else []
+    longest = _padded(longest, layouts)
     if train.tokens_per_micro_batch < longest:
         yield (
             f"train.tokens_per_micro_batch {train.tokens_per_micro_batch} is below the longest "
@@ -82,6 +98,13 @@ def _batches(config: SodConfig) -> Iterator[str]:
         )
     if rollout.max_observation_length >= rollout.max_response_length:
         yield "rollout.max_observation_length must be below rollout.max_response_length"
+
+
+def _padded(length: int, layouts: list[ParallelConfig]) -> int:
+    """What a sequence of `length` tokens grows to: context parallelism cuts it into 2 x C parts."""
+    sizes = [layout.context_parallel_size for layout in layouts]
+    unit = math.lcm(*(2 * size for size in sizes if size > 1))
+    return -(-length // unit) * unit
 
 
 def _schedules(config: SodConfig) -> Iterator[str]:

@@ -19,7 +19,7 @@ def build_training_batch(
     tokens_per_micro_batch: int,
     dp_rank: int,
     dp_size: int,
-    alignment: Alignment,
+    alignment: Alignment = Alignment(),  # noqa: B008 (frozen)
     teacher_prompts: Mapping[str, list[int]] | None = None,
 ) -> TrainingBatch:
     """Cut one iteration's trajectories for one data-parallel rank.

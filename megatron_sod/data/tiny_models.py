@@ -20,6 +20,7 @@ def write_tiny_model(directory: str | Path, **overrides) -> Path:
     """config.json, generation config and tokenizer of a Qwen3-shaped model, without weights.
 
     head_dim is explicit and not hidden / heads, and two query heads share a KV head, as in Qwen3.
+    An override of None leaves the key out.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -43,6 +44,7 @@ def write_tiny_model(directory: str | Path, **overrides) -> Path:
         **STUDENT,
         **overrides,
     }
+    config = {key: v for key, v in config.items() if v is not None or key not in overrides}
     save_tiny_tokenizer(directory, VOCAB_SIZE)
     tokenizer = json.loads((directory / "tokenizer.json").read_text())
     ids = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}

@@ -226,6 +226,12 @@ def layout_problems(geometry: Geometry, parallel, role: str) -> list[str]:
         for name, count, size, key in divided
         if count % size
     ]
+    needs_sp = geometry.is_moe and tp > 1 and (role == "student" or ep > 1)
+    if needs_sp and not parallel.sequence_parallel:
+        problems.append(
+            f"{role}.parallel.sequence_parallel must be true: with experts and "
+            f"tensor_model_parallel_size {tp}, every rank would send every token to the experts"
+        )
     if ep > 1 and not geometry.is_moe:
         problems.append(
             f"{role}.parallel.expert_model_parallel_size {ep}: {geometry.family} has no experts; "

@@ -98,6 +98,19 @@ def _set_globals(values: dict[str, Any]) -> None:
         setattr(parallel_state, name, value)
 
 
+def release_groups() -> None:
+    """Close the groups of the default model, with the threads and sockets they hold; the default
+    process group stays. A collective. For programs that go through several layouts."""
+    groups = {
+        id(value): value
+        for value in _globals().values()
+        if isinstance(value, dist.ProcessGroup) and value is not dist.group.WORLD
+    }
+    parallel_state.destroy_model_parallel()
+    for group in groups.values():
+        dist.destroy_process_group(group)
+
+
 def shutdown() -> None:
     """Leave every group; safe to call twice."""
     if dist.is_initialized():

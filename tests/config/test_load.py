@@ -152,7 +152,12 @@ def test_a_missing_section_is_named_once_with_its_keys_to_come(write):
         (["rollout.max_observation_length=20480"], "max_observation_length must be below"),
         (["cluster.gpus_per_node=3", "student.parallel.tensor_model_parallel_size=2"], "divide"),
         (["student.parallel.sequence_parallel=true"], "needs tensor_model_parallel_size > 1"),
-        (["student.parallel.context_parallel_size=2"], "not supported yet"),
+        (["student.parallel.virtual_pipeline_model_parallel_size=2"], "needs pipeline_model"),
+        (["student.parallel.expert_model_parallel_size=2"], "expert tensor x expert x pipeline"),
+        (["cluster.gpus_per_node=2", "student.parallel.tensor_model_parallel_size=2",
+          "student.parallel.expert_tensor_parallel_size=1"], "needs expert_model_parallel_size"),
+        (["cluster.gpus_per_node=3", "student.parallel.context_parallel_size=3",
+          "rollout.max_prompt_length=2561"], "= 23046"),  # 23041 in 6 equal parts
         (["teacher=null"], "give teacher.path or use method=grpo"),
         (["distill.coef=0", "grpo.coef=0"], "nothing would be learnt"),
         (["sandbox.kind=sandbox_fusion"], "needs sandbox.url"),
@@ -170,8 +175,8 @@ def test_a_missing_section_is_named_once_with_its_keys_to_come(write):
         (["rollout.replay=x/rollouts", "rollout.record=true"], "exclude each other"),
         (["rollout.partial_prompts=65"], "65 exceeds train.train_batch_size 64"),
         (["rollout.replay=runs/sod/rollouts"], "give the replay another `name`"),
-        (["teacher.parallel.pipeline_model_parallel_size=1", "cluster.gpus_per_node=2",
-          "student.parallel.pipeline_model_parallel_size=2"], "teacher.parallel must equal"),
+        (["cluster.gpus_per_node=2", "teacher.parallel.tensor_model_parallel_size=3"],
+         "teacher.parallel: tensor x pipeline x context parallel size 3"),
     ],
 )  # fmt: skip
 def test_rules_over_several_keys_say_what_to_change(write, overrides, expected):

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megatron_sod.data.batch import build_training_batch
+from megatron_sod.data.packing import Alignment
 from megatron_sod.errors import RolloutError
 from tests.helpers.tiny import synthetic_trajectories
 
@@ -27,7 +28,7 @@ def _build(trajectories, *, dp_rank=0, dp_size=1, num_mini_batches=2, budget=120
         tokens_per_micro_batch=budget,
         dp_rank=dp_rank,
         dp_size=dp_size,
-        multiple_of=multiple_of,
+        alignment=Alignment(pack=multiple_of),
     )
 
 

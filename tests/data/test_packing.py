@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from megatron_sod.data.packing import PackItem, balanced_bins, pack, plan_micro_batches
+from megatron_sod.data.packing import Alignment, PackItem, balanced_bins, pack, plan_micro_batches
 
 
 def _item(length: int, index: int, *, rng: random.Random, prompt: int = 1) -> PackItem:
@@ -25,7 +25,7 @@ def _item(length: int, index: int, *, rng: random.Random, prompt: int = 1) -> Pa
 def test_a_worked_example():
     first = PackItem([5, 6, 7], [False, True, True], [0, 1, 1], [0.0, -0.5, -1.5], 0)
     second = PackItem([8, 9], [False, True], [0, 1], [0.0, -2.5], 1)
-    batch = pack([first, second], multiple_of=4)
+    batch = pack([first, second], Alignment(pack=4))
     # row r predicts token r + 1: rows 0, 1 give 6, 7; row 3 gives 9; 3 fillers round 5 up to 8
     assert batch.token_ids.tolist() == [[5, 6, 7, 8, 9, 0, 0, 0]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1, 0, 1, 2]]
@@ -41,7 +41,7 @@ def test_a_worked_example():
 def test_every_loss_row_appears_exactly_once_with_its_own_values(multiple_of):
     rng = random.Random(multiple_of)
     items = [_item(length, i, rng=rng) for i, length in enumerate([1, 2, 13, 7, 1, 31])]
-    batch = pack(items, multiple_of=multiple_of)
+    batch = pack(items, Alignment(pack=multiple_of))
     expected = [
         (item.token_ids[at], item.step_ids[at], item.index, item.rollout_logprobs[at])
         for item in items
@@ -60,7 +60,9 @@ def test_every_loss_row_appears_exactly_once_with_its_own_values(multiple_of):
 @pytest.mark.parametrize("multiple_of", [1, 2, 7, 16])
 def test_sequence_bounds_and_positions_agree(multiple_of):
     rng = random.Random(1)
-    batch = pack([_item(n, i, rng=rng) for i, n in enumerate([5, 1, 9])], multiple_of=multiple_of)
+    batch = pack(
+        [_item(n, i, rng=rng) for i, n in enumerate([5, 1, 9])], Alignment(pack=multiple_of)
+    )
     lengths = batch.cu_seqlens.diff().tolist()
     assert batch.position_ids[0].tolist() == [p for n in lengths for p in range(n)]
     assert batch.token_ids.shape == batch.position_ids.shape == (1, sum(lengths))
@@ -74,7 +76,7 @@ def test_the_first_position_of_a_sequence_can_carry_no_loss():
 
 @pytest.mark.parametrize("multiple_of", [1, 4])
 def test_an_empty_pack_is_filler_without_rows(multiple_of):
-    batch = pack([], multiple_of=multiple_of)
+    batch = pack([], Alignment(pack=multiple_of))
     assert batch.token_ids.shape == (1, multiple_of)
     assert batch.cu_seqlens.tolist() == [0, multiple_of]
     assert batch.rows.numel() == 0 and batch.targets.dtype == torch.int64
@@ -82,7 +84,7 @@ def test_an_empty_pack_is_filler_without_rows(multiple_of):
 
 
 def test_a_pack_that_fits_gets_no_filler():
-    batch = pack([PackItem([1, 2, 3, 4], [False] * 4, [0] * 4, [0.0] * 4, 0)], multiple_of=4)
+    batch = pack([PackItem([1, 2, 3, 4], [False] * 4, [0] * 4, [0.0] * 4, 0)], Alignment(pack=4))
     assert batch.cu_seqlens.tolist() == [0, 4] and batch.rows.numel() == 0
 
 

@@ -12,6 +12,7 @@ import torch
 from megatron_sod.data import tiny_world
 from megatron_sod.data.batch import build_training_batch
 from megatron_sod.data.chat import ChatFormat
+from megatron_sod.data.packing import Alignment
 from megatron_sod.data.privileged import privileged_ids, teacher_prompts
 from megatron_sod.errors import DataError
 from megatron_sod.types import Prompt
@@ -85,7 +86,7 @@ def test_teacher_rows_agree_one_to_one_with_the_students(dp_size, multiple_of):
     for rank in range(dp_size):
         batch = build_training_batch(
             trajectories, num_mini_batches=2, tokens_per_micro_batch=70, dp_rank=rank,
-            dp_size=dp_size, multiple_of=multiple_of, teacher_prompts=prompts,
+            dp_size=dp_size, alignment=Alignment(pack=multiple_of), teacher_prompts=prompts,
         )  # fmt: skip
         for mini in batch.mini_batches:
             assert len(mini.micro_batches) == len(mini.teacher_micro_batches)
@@ -107,7 +108,7 @@ def test_teacher_sequences_are_its_prompt_and_the_same_response():
     trajectory = replace(trajectory, prompt_id="p0", finish_reason="answer", reward=1.0)
     batch = build_training_batch(
         [trajectory], num_mini_batches=1, tokens_per_micro_batch=500, dp_rank=0, dp_size=1,
-        multiple_of=1, teacher_prompts={"p0": [90, 91, 92]},
+        teacher_prompts={"p0": [90, 91, 92]},
     )  # fmt: skip
     (teacher,) = batch.mini_batches[0].teacher_micro_batches
     assert teacher.token_ids[0].tolist() == [90, 91, 92, *trajectory.response_token_ids]

@@ -14,46 +14,6 @@ from megatron_sod.data.tiny_models import write_tiny_model
 from megatron_sod.model.geometry import load_geometry
 from megatron_sod.types import Step, Trajectory
 
-# Each family with its true ratios in the small: head_dim is not hidden / heads where the real one's
-# is not, query heads share KV heads, and a token visits several of the experts.
-_WIDE = {"num_attention_heads": 8, "num_key_value_heads": 4, "num_hidden_layers": 4}
-_LLAMA_ROPE = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,  # so that short tests see all three bands
-}
-ARCHITECTURES: dict[str, dict] = {
-    "qwen3": {**_WIDE, "head_dim": 32},
-    "qwen3_untied": {**_WIDE, "head_dim": 32, "tie_word_embeddings": False, "vocab_size": 301},
-    "qwen2": {
-        **_WIDE,
-        "architectures": ["Qwen2ForCausalLM"],
-        "model_type": "qwen2",
-        "head_dim": None,
-    },
-    "llama": {
-        **_WIDE,
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "head_dim": None,
-        "rope_scaling": _LLAMA_ROPE,
-        "rope_theta": 500000.0,
-    },
-    "qwen3_moe": {
-        **_WIDE,
-        "architectures": ["Qwen3MoeForCausalLM"],
-        "model_type": "qwen3_moe",
-        "head_dim": 32,
-        "tie_word_embeddings": False,
-        "num_experts": 8,
-        "num_experts_per_tok": 3,
-        "moe_intermediate_size": 32,
-        "norm_topk_prob": True,
-    },
-}
-
 
 def write_model_with_weights(
     directory: Path, *, seed: int, dtype: torch.dtype = torch.float32, scale: float = 0.08, **config

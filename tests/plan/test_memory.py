@@ -62,13 +62,14 @@ def _measured(config: SodConfig) -> dict[str, int]:
     geometry = load_geometry(config.student.path)
     model = build_model(geometry, parallel, groups, dtype=config.student.dtype)
     trainable = Trainable(model, geometry, config.train)
-    trainable.ddp.zero_grad_buffer()
+    (ddp,) = trainable.ddp_chunks
+    ddp.zero_grad_buffer()
     trainable.optimizer.step()
     logits = 0
     if groups.pp.rank() == groups.pp.size() - 1:
         hidden = torch.zeros(TOKENS, 1, geometry.hidden_size, dtype=model.config.params_dtype)
         logits = _bytes([model.output_logits(hidden, torch.arange(TOKENS))])
-    buffers = trainable.ddp.buffers + trainable.ddp.expert_parallel_buffers
+    buffers = ddp.buffers + ddp.expert_parallel_buffers
     parallel_state.destroy_model_parallel()
     return {
         "weights": _bytes(model.parameters()),

@@ -38,7 +38,7 @@ def test_a_permuted_tensor_is_caught(outcome):
 
 def _transfers(student_path: str) -> dict:
     """Three honest transfers, one with a permuted tensor, one without the tied-head work-around."""
-    from megatron_sod.config.schema import ParallelConfig, TrainConfig
+    from megatron_sod.config.schema import ParallelConfig
     from megatron_sod.errors import WeightTransferError
     from megatron_sod.model.build import build_model
     from megatron_sod.model.geometry import load_geometry
@@ -47,14 +47,12 @@ def _transfers(student_path: str) -> dict:
     from megatron_sod.reshard.canary import canary_sequences, trainer_logprobs
     from megatron_sod.reshard.sync import WeightSync
     from megatron_sod.rollout.ray_instance import stop_ray
-    from megatron_sod.train.trainable import Trainable
 
     parallel = ParallelConfig(tensor_model_parallel_size=2)
     state.initialize(parallel, seed=0)
     geometry = load_geometry(student_path)
     model = build_model(geometry, parallel, state.process_groups())
     load_hf_weights(model, geometry, student_path)
-    trainable = Trainable(model, geometry, TrainConfig(num_iterations=1))
     canaries = canary_sequences(geometry.vocab_size, 24)
     control = _engine_control(student_path) if dist.get_rank() == 0 else None
 
@@ -64,7 +62,7 @@ def _transfers(student_path: str) -> dict:
             geometry,
             control,
             canaries=canaries,
-            trainer_logprobs=lambda ids: trainer_logprobs(trainable.ddp, ids),
+            trainer_logprobs=lambda ids: trainer_logprobs(model, ids),
             tolerance=1e-4,
             **options,
         )
@@ -77,12 +75,12 @@ def _transfers(student_path: str) -> dict:
         return ""
 
     result: dict = {"errors": []}
-    before = trainer_logprobs(trainable.ddp, canaries)
+    before = trainer_logprobs(model, canaries)
     good = sync()
     for version in range(3):
         result["errors"].append(good.transfer(version).canary_max_error)
         _change(model, seed=version)
-    after = trainer_logprobs(trainable.ddp, canaries)
+    after = trainer_logprobs(model, canaries)
     result["changed"] = float((torch.tensor(before) - torch.tensor(after)).abs().max())
     result["stale_head"] = error_of(sync(refresh_tied_head=False), 3)
     permuted = sync()

@@ -191,7 +191,6 @@ def _check_credit(undisturbed, trajectories):
             tokens_per_micro_batch=8192,
             dp_rank=0,
             dp_size=1,
-            multiple_of=1,
         )
         assert all(t.is_valid for t in batch.trajectories)
         advantages = zip(batch.trajectories, batch.group_advantages.tolist(), strict=True)
