@@ -98,12 +98,14 @@ def _run_jobs(models, jobs: dict) -> dict:
 def _iteration(models, parallel: dict, tokens_per_micro_batch: int, loss: str) -> dict:
     """Score, credit and gradient of one mini-batch on this rank; complete on rank 0."""
     from megatron_sod.data.batch import build_training_batch
+    from megatron_sod.data.packing import alignment_of
     from megatron_sod.model.build import build_model
     from megatron_sod.model.geometry import load_geometry
     from megatron_sod.model.weights import gather_hf_tensors, load_hf_weights, main_grad
     from megatron_sod.parallel import state
     from megatron_sod.scoring.credit import assign_credit
     from megatron_sod.scoring.score import score
+    from megatron_sod.scoring.teacher import Teacher
     from megatron_sod.train.loss import make_loss_fn
     from megatron_sod.train.trainable import Trainable
 
@@ -130,7 +132,7 @@ def _iteration(models, parallel: dict, tokens_per_micro_batch: int, loss: str) -
         model = build_model(geometry, section.parallel, groups, dtype="float64")
         load_hf_weights(model, geometry, section.path)
         built.append((model, geometry))
-    (student_model, geometry), (teacher, _) = built
+    (student_model, geometry), (teacher_model, _) = built
     student = Trainable(student_model, geometry, config.train)
     batch = build_training_batch(
         synthetic_trajectories(3, 3, vocab_size=geometry.vocab_size, seed=5),
@@ -138,10 +140,11 @@ def _iteration(models, parallel: dict, tokens_per_micro_batch: int, loss: str) -
         tokens_per_micro_batch=tokens_per_micro_batch,
         dp_rank=groups.dp.rank(),
         dp_size=groups.dp.size(),
-        multiple_of=groups.tp.size() if config.student.parallel.sequence_parallel else 1,
+        alignment=alignment_of(config.student.parallel),
     )
     micro_batches = batch.mini_batches[0].micro_batches
-    scores = score(student.ddp, teacher, micro_batches, temperature=1.0, keep_teacher_hidden=True)
+    teacher = Teacher(teacher_model, groups)
+    scores = score(student_model, teacher, micro_batches, temperature=1.0, keep_teacher_hidden=True)
     credits, steps = [], None
     if state.is_last_stage(groups):
         credits, steps = assign_credit(batch, micro_batches, scores, config)
