@@ -84,7 +84,8 @@ class Session:
     @property
     def makes_records(self) -> bool:
         """One rank per data-parallel replica holds the scores that are reported."""
-        return self.is_last_stage and self.groups.tp.rank() == 0
+        groups = self.groups
+        return self.is_last_stage and groups.tp.rank() == 0 and groups.cp.rank() == 0
 
 
 @contextlib.contextmanager
