@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields, replace
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,15 +19,18 @@ from megatron_sod.ops import differentiable_divergence
 from megatron_sod.train.schedule import LossFn
 from megatron_sod.types import MicroBatch, TokenCredit, TokenScores
 
-if TYPE_CHECKING:
-    from megatron_sod.scoring.teacher import Teacher
-
 EXACT_LOSSES = ("reverse_kl", "forward_kl", "jsd")
+
+
+class OutputHead(Protocol):
+    """What the exact losses need of the teacher."""
+
+    def head_weight(self) -> torch.Tensor: ...
 
 
 def make_loss_fn(
     model: PipelineModel,
-    teacher: Teacher | None,
+    teacher: OutputHead | None,
     credits: Sequence[TokenCredit],
     scores: Sequence[TokenScores],
     config: SodConfig,
