@@ -21,6 +21,8 @@ from megatron_sod.errors import ConfigError
 _TOKEN_KL = "algorithm.token_kl_reg"
 _ACTOR = "actor_rollout_ref.actor"
 _RESUME = {"auto": "auto", "disable": "never"}
+# verl's engines give their memory back while training; ours keep it, so both must fit at once.
+_MAX_ENGINE_SHARE = 0.6
 _UNKNOWN = "unknown: neither verl's documented keys nor the SOD recipe's that are listed here"
 
 
@@ -161,6 +163,13 @@ def _layout(theirs: Mapping[str, Any], done: Imported) -> None:
     gpus = values.get("cluster.gpus_per_node", 1) * values.get("cluster.num_nodes", 1)
     width = values.get("rollout.engine.tensor_parallel_size", 1)
     values["rollout.engine.num_engines"] = max(1, gpus // width)
+    share = values.get("rollout.engine.gpu_memory_utilization", 0.0)
+    if share > _MAX_ENGINE_SHARE:
+        values["rollout.engine.gpu_memory_utilization"] = _MAX_ENGINE_SHARE
+        done.assumed.append(
+            f"gpu_memory_utilization {_MAX_ENGINE_SHARE} instead of {share}: engines keep their "
+            "memory while training; --dry-run says what fits"
+        )
     done.assumed.append(f"num_engines {max(1, gpus // width)}: {gpus} GPUs, {width} per engine")
 
 

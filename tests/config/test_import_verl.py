@@ -118,6 +118,13 @@ def test_megatron_sizes_are_kept_for_both_roles():
     }
 
 
+@pytest.mark.parametrize(("theirs", "ours"), [(0.75, 0.6), (0.5, 0.5)])
+def test_engines_leave_room_for_training(theirs, ours):
+    done = _import(f"actor_rollout_ref.rollout.gpu_memory_utilization={theirs}")
+    assert done.values["rollout.engine.gpu_memory_utilization"] == ours
+    assert any(f"instead of {theirs}" in note for note in done.assumed) == (theirs != ours)
+
+
 def test_a_buffer_that_is_off_is_off():
     prefix = "reward_model.reward_kwargs.overlong_buffer_cfg"
     done = _import(f"{prefix}.enable=False", f"{prefix}.len=1024")
