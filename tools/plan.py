@@ -1,6 +1,6 @@
 """What a run would do on other hardware, on paper.
 
-python tools/plan.py what-if --config FILE [--gpus 8 64 1024] [--fixed-batch] [key=value ...]
+python tools/plan.py what-if --config FILE [--gpus 8,64,1024] [--fixed-batch] [key=value ...]
 python tools/plan.py picture --config FILE --out FILE.svg [key=value ...]
 python tools/plan.py compare RUN_DIR [RUN_DIR ...]      constants fitted to the first run
 
@@ -23,7 +23,7 @@ def main() -> None:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     scale = commands.add_parser("what-if", help="step time and idle share by number of GPUs")
-    scale.add_argument("--gpus", type=int, nargs="+", help="default: doubling up to 1,024")
+    scale.add_argument("--gpus", help="e.g. 8,64,1024; default: doubling up to 1,024")
     scale.add_argument("--fixed-batch", action="store_true", help="the batch does not grow")
     picture = commands.add_parser("picture", help="where the time goes")
     picture.add_argument("--out", required=True, help="an .svg file")
@@ -39,7 +39,9 @@ def main() -> None:
 
 def what_if_command(arguments: argparse.Namespace) -> None:
     config = load_config(arguments.config, arguments.overrides)
-    counts = arguments.gpus or _doublings(gpus_of(config))
+    counts = _doublings(gpus_of(config))
+    if arguments.gpus is not None:
+        counts = [int(count) for count in arguments.gpus.split(",")]
     print_what_if(what_if(config, counts, grow_batch=not arguments.fixed_batch))
 
 

@@ -20,7 +20,7 @@ def _run(*arguments: str) -> subprocess.CompletedProcess:
 
 
 def test_what_if_prints_a_row_for_every_variant():
-    run = _run("what-if", *DEMO, "--gpus", "2", "4")
+    run = _run("what-if", *DEMO, "--gpus", "2,4")
     assert run.returncode == 0, run.stderr
     # two ranks share the model, so two GPUs cannot be divided between trainers and engines
     assert run.stdout.count("colocated") == 2 and run.stdout.count("disaggregated") == 2
