@@ -259,7 +259,8 @@ def _save_if_due(session: Session) -> float:
         or progress.iteration == train.num_iterations
         or progress.best_iteration == progress.iteration
     ):
-        session.checkpoints.save(session.student, progress)
+        store = session.rollouts.store if session.rollouts else None
+        session.checkpoints.save(session.student, progress, store)
     return time.monotonic() - begin
 
 

@@ -159,7 +159,7 @@ def open_session(config: SodConfig) -> Iterator[Session]:
             tokenizer=inputs.tokenizer,
             sync=sync,
             telemetry=telemetry,
-            rollouts=_rollouts(config, inputs, run_dir, controller),
+            rollouts=_rollouts(config, inputs, run_dir, controller, resume_from),
             loggers=loggers,
             controller=controller,
             teacher_controller=teacher_controller,
@@ -258,21 +258,28 @@ def _teacher_is_evaluated(run_dir: RunDir) -> bool:
 
 
 def _rollouts(
-    config: SodConfig, inputs: Inputs, run_dir: RunDir, controller: RolloutController | None
+    config: SodConfig,
+    inputs: Inputs,
+    run_dir: RunDir,
+    controller: RolloutController | None,
+    resume_from: str | Path | None,
 ) -> Rollouts | None:
-    """Rank 0's source of trajectories."""
+    """Rank 0's source of trajectories, with what the checkpoint holds of them."""
     if dist.get_rank() != 0:
         return None
     if config.rollout.replay is not None:
         return RecordedRollouts(Recording(config.rollout.replay))
     assert controller is not None, "rank 0 has a controller unless it replays"
-    return LiveRollouts(
+    rollouts = LiveRollouts(
         controller.run,
         inputs.prompts,
         PromptOrder(len(inputs.prompts), config.seed, config.data.shuffle),
         config,
         Recording(run_dir.rollouts) if config.rollout.record else None,
     )
+    if resume_from is not None:
+        rollouts.restore(Path(resume_from))
+    return rollouts
 
 
 def _weight_sync(

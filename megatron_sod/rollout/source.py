@@ -42,6 +42,10 @@ class Rollouts(Protocol):
         """Wait for it; the engines are idle afterwards."""
         ...
 
+    def store(self, folder: Path) -> None:
+        """Put into a checkpoint what has been rolled out and not trained on."""
+        ...
+
 
 class RecordedRollouts:
     """Trajectories of an earlier run."""
@@ -58,6 +62,9 @@ class RecordedRollouts:
 
     def finish_ahead(self) -> None:
         """Nothing runs in a replay."""
+
+    def store(self, folder: Path) -> None:
+        """A replay has nothing that the recording has not."""
 
 
 class LiveRollouts:
@@ -120,9 +127,10 @@ class LiveRollouts:
         )
 
     def store(self, folder: Path) -> None:
-        """Write what has been rolled out and not trained on, for `restore` after a resume."""
         assert self._ahead is None, "finish_ahead before a checkpoint"
         ready, carried = self._ready, self._ready.carried if self._ready else self._carried
+        if ready is None and not carried:
+            return
         index = {
             "is_ready": ready is not None,
             "carried": [
@@ -135,7 +143,7 @@ class LiveRollouts:
         (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
     def restore(self, folder: Path) -> None:
-        """Take over what a checkpoint holds; one without it starts the next rollout anew."""
+        """Take over what `store` put there; without it the next rollout starts anew."""
         if not (folder / _INDEX).is_file():
             return
         index = json.loads((folder / _INDEX).read_text())

@@ -74,15 +74,21 @@ class Checkpoints:
         """The newest complete checkpoint."""
         return files.marked(self.folder, files.LATEST)
 
-    def save(self, trainable: Trainable, progress: Progress) -> None:
+    def save(
+        self,
+        trainable: Trainable,
+        progress: Progress,
+        write_more: Callable[[Path], None] | None = None,
+    ) -> None:
         """Copy the state and return; the checkpoint appears once every rank has written.
 
-        An earlier save is waited for first.
+        An earlier save is waited for first. `write_more`, on rank 0, may put files of its own into
+        the folder; they are sealed with the rest.
         """
         self.finish()
         self._target = self.folder / files.folder_name(progress.iteration)
         partial = self._target.with_suffix(".partial")
-        _together(lambda: self._prepare(partial), "prepared", partial)
+        _together(lambda: self._prepare(partial, write_more), "prepared", partial)
         about = {
             "format": files.FORMAT,
             "format_version": files.FORMAT_VERSION,
@@ -171,11 +177,13 @@ class Checkpoints:
         with contextlib.suppress(CheckpointError):
             self.finish(_CLOSE_TIMEOUT_S)
 
-    def _prepare(self, partial: Path) -> None:
-        """An empty folder; leftovers of killed saves go."""
+    def _prepare(self, partial: Path, write_more: Callable[[Path], None] | None) -> None:
+        """A folder with what the caller adds to it; leftovers of killed saves go."""
         for stale in self.folder.glob("iter_*.partial"):
             shutil.rmtree(stale)
         partial.mkdir(parents=True)
+        if write_more is not None:
+            write_more(partial)
 
     def _publish(self, partial: Path, about: dict[str, Any], sums: files.FileSums) -> None:
         """Describe and seal the written folder, then make it the latest. Runs in the thread."""

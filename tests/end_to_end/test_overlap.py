@@ -64,7 +64,9 @@ def _check_each_trained_once(run_dir: Path) -> None:
 @pytest.fixture(scope="module")
 def ahead(tmp_path_factory) -> tuple[Path, list[dict]]:
     run_dir = tmp_path_factory.mktemp("ahead") / "run"
-    return run_dir, _train(run_dir, "rollout.max_staleness=1", "rollout.record=true")
+    overrides = ["rollout.max_staleness=1", "rollout.record=true"]
+    overrides += ["train.save_interval=2", "train.keep_last=9"]
+    return run_dir, _train(run_dir, *overrides)
 
 
 def test_rollouts_ahead_are_one_version_behind_and_corrected(ahead):
@@ -92,6 +94,23 @@ def test_a_replay_of_overlapped_rollouts_trains_to_the_same_bits(ahead):
             if name.startswith(("actor/", "sod/")):
                 assert after[name] == before[name], name
     weights = [(d / "hf/model.safetensors").read_bytes() for d in (run_dir, replay_dir)]
+    assert weights[0] == weights[1]
+
+
+def test_a_resumed_run_trains_on_the_rollout_that_was_ahead_to_the_same_bits(ahead):
+    run_dir, rows = ahead
+    resumed_dir = run_dir.parent / "resumed"
+    checkpoint = run_dir / "checkpoints" / "iter_000002"
+    assert (checkpoint / "rollout_ready.parquet").is_file()
+    resumed = _train(
+        resumed_dir, "rollout.max_staleness=1", "train.keep_last=9", f"train.resume={checkpoint}"
+    )
+    assert [row["iteration"] for row in resumed] == [3, 4]
+    for before, after in zip(rows[2:], resumed, strict=True):
+        for name in before:
+            if name.startswith(("actor/", "sod/", "tool/")):
+                assert after[name] == before[name], name
+    weights = [(d / "hf/model.safetensors").read_bytes() for d in (run_dir, resumed_dir)]
     assert weights[0] == weights[1]
 
 
