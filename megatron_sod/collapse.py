@@ -93,6 +93,8 @@ def _roll_back(session: Session, good: Path, transfer: Callable[[Session, int], 
         checkpoint_files.mark(session.checkpoints.folder, checkpoint_files.LATEST, good)
         assert session.watchdog is not None, "rank 0 has asked it"
         session.watchdog.forget_after(restored.iteration)
+        if session.rollouts is not None:
+            session.rollouts.discard()
     transfer(session, session.progress.policy_version)
     say(
         f"watchdog: back to iteration {restored.iteration} ({good.name}); training goes on with "
@@ -101,7 +103,8 @@ def _roll_back(session: Session, good: Path, transfer: Callable[[Session, int], 
 
 
 def _pause(session: Session, alarms: list[Alarm], since: int) -> None:
-    session.checkpoints.save(session.student, session.progress)
+    store = session.rollouts.store if session.rollouts else None
+    session.checkpoints.save(session.student, session.progress, store)
     session.checkpoints.finish()
     raise WatchdogAlarm(
         f"iteration {session.progress.iteration}: training looks like it is collapsing: "

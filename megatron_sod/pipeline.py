@@ -25,6 +25,7 @@ from megatron_sod.observe.summary import finish_run
 from megatron_sod.observe.telemetry import merge_telemetry
 from megatron_sod.parallel.share import from_rank0
 from megatron_sod.rollout.breaker import check_infrastructure
+from megatron_sod.rollout.fidelity import render_mismatch_fraction
 from megatron_sod.rollout.shaping import shape_rewards
 from megatron_sod.scoring.credit import assign_credit, distill_coef
 from megatron_sod.scoring.score import score
@@ -239,6 +240,8 @@ def _record(
         session.run_dir.append("trajectories.jsonl", row)
     assert session.rollouts is not None, "rank 0 has rollouts"
     measured = rollout_metrics(trajectories, num_text_ids=len(session.tokenizer))
+    mismatch = render_mismatch_fraction(trajectories, session.tokenizer)
+    measured["rollout/render_mismatch_fraction"] = mismatch
     config, weight = session.config, session.config.distill.step_weight
     credited = credit_metrics(
         records,

@@ -39,6 +39,7 @@ def rollout_metrics(
         "rollout/prompt_length": _mean([len(t.prompt_token_ids) for t in valid]),
         "rollout/student_tokens": _mean([sum(t.loss_mask) for t in valid]),
         "rollout/infra_error_rate": 1 - len(valid) / max(len(trajectories), 1),
+        "rollout/time_limit_rate": _mean([t.finish_reason == "time_limit" for t in trajectories]),
         "rollout/truncated_rate": _mean([t.finish_reason == "max_length" for t in valid]),
         "rollout/mixed_version_share": _mean([t.is_mixed_version for t in valid]),
         "rollout/zero_var_group_frac": zero_variance_fraction(

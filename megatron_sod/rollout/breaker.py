@@ -14,10 +14,12 @@ def check_infrastructure(trajectories: list[Trajectory], watchdog: WatchdogConfi
     """
     lost = sum(not t.is_valid for t in trajectories)
     rate = lost / max(len(trajectories), 1)
+    late = any(t.finish_reason == "time_limit" for t in trajectories)
     if rate > watchdog.max_infra_error_rate:
         raise RolloutError(
             f"{lost} of {len(trajectories)} trajectories ({rate:.0%}) were lost to infrastructure "
             f"errors, more than watchdog.max_infra_error_rate {watchdog.max_infra_error_rate:.0%}; "
-            "nothing was trained on this iteration. Check the sandbox with tools/doctor.py, then "
-            "start again: train.resume=auto continues from the last checkpoint"
+            "nothing was trained on this iteration. Check the sandbox with tools/doctor.py"
+            + (", raise rollout.trajectory_timeout_s" if late else "")
+            + ", then start again: train.resume=auto continues from the last checkpoint"
         )

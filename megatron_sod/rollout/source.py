@@ -42,6 +42,10 @@ class Rollouts(Protocol):
         """Wait for it; the engines are idle afterwards."""
         ...
 
+    def discard(self) -> None:
+        """Forget what has been rolled out and not trained on; its prompts are drawn again."""
+        ...
+
     def store(self, folder: Path) -> None:
         """Put into a checkpoint what has been rolled out and not trained on."""
         ...
@@ -62,6 +66,9 @@ class RecordedRollouts:
 
     def finish_ahead(self) -> None:
         """Nothing runs in a replay."""
+
+    def discard(self) -> None:
+        """Nothing is ahead in a replay."""
 
     def store(self, folder: Path) -> None:
         """A replay has nothing that the recording has not."""
@@ -106,6 +113,10 @@ class LiveRollouts:
         if self._ahead is not None:
             ahead, self._ahead = self._ahead, None
             self._ready = ahead.result()
+
+    def discard(self) -> None:
+        self.finish_ahead()
+        self._ready, self._carried = None, []
 
     def _roll_out(self, iteration: int, num_trained: int) -> RolloutResult:
         rollout, train = self._config.rollout, self._config.train

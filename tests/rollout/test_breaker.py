@@ -46,3 +46,9 @@ def test_wrong_answers_and_truncation_are_not_infrastructure():
 
 def test_no_trajectories_are_no_failure():
     check_infrastructure([], WatchdogConfig())
+
+
+def test_time_limits_count_as_lost_and_the_message_names_their_key():
+    late = [replace(t, finish_reason="time_limit") for t in _trajectories(20)]
+    with pytest.raises(RolloutError, match="raise rollout.trajectory_timeout_s"):
+        check_infrastructure(late, WatchdogConfig())

@@ -117,6 +117,16 @@ def test_a_resumed_run_goes_on_with_what_was_ahead_or_carried(
     assert len(flat) == len(set(flat)) == ITERATIONS * BATCH * SIZE
 
 
+def test_what_is_discarded_is_drawn_again():
+    engines = Engines()
+    source = _source(engines, partial_prompts=2)
+    _iterate(source, last=2, is_ahead=True)
+    source.discard()
+    collected = [t.trajectory_id for t in source.collect(2, 2 * BATCH)]  # back by one iteration
+    first = PromptOrder(40, 1).draw(2 * BATCH, BATCH + 2)
+    assert engines.asked[-1] == [f"p:{i}/2" for i in first] and len(collected) == BATCH * SIZE
+
+
 def test_a_strictly_on_policy_run_stores_nothing(tmp_path):
     _iterate(_source(Engines()), checkpoints=tmp_path)
     assert not [path for folder in tmp_path.iterdir() for path in folder.iterdir()]
