@@ -42,7 +42,8 @@ EXAMPLE = """(() => { const r = app.run, p = r.meta.patterns.indexOf("recovery")
 def main() -> None:
     run = Path(sys.argv[1])
     with tempfile.TemporaryDirectory() as folder:
-        html = write_report(run, load_tokenizer(run / "hf"), out=Path(folder) / "report.html")
+        tokenizer = load_tokenizer(_tokenizer_folder(run))
+        html = write_report(run, tokenizer, out=Path(folder) / "report.html")
         page = Page(Path(folder) / "profile")
         for name, (tab, scheme, size, script) in PICTURES.items():
             page.resize(*size)
@@ -58,6 +59,10 @@ def main() -> None:
         terminal(Path(sys.argv[2]))
     for path in [*HERE.glob("*.webp"), *HERE.glob("*.svg")]:
         assert path.stat().st_size < MAX_BYTES, f"{path}: {path.stat().st_size} bytes"
+
+
+def _tokenizer_folder(run: Path) -> Path:
+    return run / "hf" if (run / "hf").is_dir() else ROOT / "configs/demo/student"
 
 
 def terminal(raw: Path) -> None:
