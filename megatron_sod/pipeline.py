@@ -242,6 +242,8 @@ def _record(
     measured = rollout_metrics(trajectories, num_text_ids=len(session.tokenizer))
     mismatch = render_mismatch_fraction(trajectories, session.tokenizer)
     measured["rollout/render_mismatch_fraction"] = mismatch
+    if session.controller is not None:
+        measured |= session.controller.sandbox_metrics()
     config, weight = session.config, session.config.distill.step_weight
     credited = credit_metrics(
         records,

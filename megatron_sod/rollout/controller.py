@@ -47,6 +47,11 @@ class RolloutController:
         """As Fleet.wait_until_ready."""
         self.fleet.wait_until_ready(what)
 
+    def sandbox_metrics(self) -> dict[str, float]:
+        """The isolation level as a number, 3 for L3; nothing for a SandboxFusion service."""
+        level = self.fleet.sandbox_level
+        return {"sandbox/level": float(level[1:])} if level[:1] == "L" else {}
+
     def rollout(
         self,
         prompts: list[Prompt],

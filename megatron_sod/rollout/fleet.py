@@ -60,6 +60,7 @@ class Fleet:
         rollout = config.rollout
         self.weights: EngineWeights | None = None  # what the engines hold; None: from disk
         self.counts: Counter[str] = Counter()
+        self.sandbox_level = ""  # "L3", or "service"; known once the workers are ready
         self._num_restarts, self._is_closing = 0, False
         self._lifelines: dict[Any, tuple[str, int]] = {}
         self._joining: dict[Any, int] = {}
@@ -77,9 +78,10 @@ class Fleet:
         pending = [engine.ready.remote() for engine in self.engines]
         timeout_s = self._config.rollout.engine.start_timeout_s
         get([*pending, *levels], timeout_s, f"{what} start")
+        self.sandbox_level = str(ray.get(levels[0]))
         say(
             f"{what}: {len(self.engines)} engine(s) ready after {time.monotonic() - started:.0f} s,"
-            f" sandbox level {ray.get(levels[0])}"
+            f" sandbox level {self.sandbox_level}"
         )
 
     def begin_rollout(self) -> None:

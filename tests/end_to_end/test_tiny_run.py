@@ -225,4 +225,5 @@ def _command_line(pid: int) -> str:
 
 def test_every_signal_of_the_watchdog_is_measured(finished_run):
     row = json.loads((finished_run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert row["sandbox/level"] in (1, 2, 3)  # never L0, which must be permitted explicitly
     assert {signal.metric for signal in SIGNALS} <= row.keys()
