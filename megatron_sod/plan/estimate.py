@@ -63,7 +63,7 @@ def _pass_s(job: Job, model: PlannedModel, kind: str, tokens, rows, context) -> 
     hardware, parallel = job.hardware, model.parallel
     flops = forward_flops(model, tokens, rows, context)
     if kind == "train":
-        flops *= 4 if getattr(parallel, "recompute", None) == "full" else 3
+        flops *= 3
     efficiency = hardware.train_efficiency if kind == "train" else hardware.prefill_efficiency
     compute = flops / (job.world_size * hardware.peak_flops * efficiency)
     steps = job.workload.num_optimizer_steps if kind == "train" else 1

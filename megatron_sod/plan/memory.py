@@ -209,8 +209,6 @@ def layer_activation_elements(model: PlannedModel) -> float:
     geometry, parallel = model.geometry, model.parallel
     tp = parallel.tensor_model_parallel_size
     hidden = geometry.hidden_size / (tp if parallel.sequence_parallel else 1)
-    if getattr(parallel, "recompute", None) == "full":
-        return hidden
     queries = geometry.num_attention_heads * geometry.head_dim
     keys = geometry.num_query_groups * geometry.head_dim
     norms = 4 * hidden  # input and output of both

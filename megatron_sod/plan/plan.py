@@ -33,7 +33,7 @@ _REMEDIES = {
     "optimizer": "set train.use_distributed_optimizer, or raise cluster.num_nodes",
     "teacher": "raise teacher.parallel.tensor_model_parallel_size or pipeline_model_parallel_size",
     "activations": "lower train.tokens_per_micro_batch, or raise student.parallel."
-    "tensor_model_parallel_size with sequence_parallel, or recompute",
+    "tensor_model_parallel_size with sequence_parallel",
     "logits": "lower train.tokens_per_micro_batch, or raise student.parallel."
     "tensor_model_parallel_size",
     "teacher hidden": "raise cluster.num_nodes, or lower train.train_batch_size",

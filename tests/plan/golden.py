@@ -10,7 +10,7 @@ import json
 import re
 from pathlib import Path
 
-from megatron_sod.config.load import load_config
+from megatron_sod.config.load import load_config, load_sft_config
 from megatron_sod.plan.plan import Plan, make_plan
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -21,7 +21,12 @@ MIB = 2**20
 def shipped() -> list[Path]:
     """Configurations named after a cluster: <method>_<student>_<teacher>_2n8g_<layout>.yaml."""
     files = sorted((ROOT / "configs").glob("*.yaml"))
-    return [file for file in files if re.search(r"_\d+n\d+g_", file.name)]
+    return [file for file in files if re.search(r"_\d+n\d+g[_.]", file.name)]
+
+
+def plan_of(file: Path) -> Plan:
+    load = load_sft_config if file.name.startswith("sft_") else load_config
+    return make_plan(load(file))
 
 
 def numbers(plan: Plan) -> dict:
@@ -39,8 +44,9 @@ def numbers(plan: Plan) -> dict:
 
 
 def main() -> None:
-    plans = {file.name: numbers(make_plan(load_config(file))) for file in shipped()}
-    FILE.write_text(json.dumps(plans, indent=1) + "\n")
+    plans = {file.name: numbers(plan_of(file)) for file in shipped()}
+    lines = [f"{json.dumps(name)}: {json.dumps(plan)}" for name, plan in plans.items()]
+    FILE.write_text("{\n" + ",\n".join(lines) + "\n}\n")
     print(f"{len(plans)} plans written to {FILE.relative_to(ROOT)}")
 
 

@@ -7,9 +7,7 @@ import json
 
 import pytest
 
-from megatron_sod.config.load import load_config
-from megatron_sod.plan.plan import make_plan
-from tests.plan.golden import FILE, ROOT, numbers, shipped
+from tests.plan.golden import FILE, ROOT, numbers, plan_of, shipped
 
 GOLDEN = json.loads(FILE.read_text())
 
@@ -20,19 +18,20 @@ def test_the_paper_and_larger_models_are_shipped():
         "qwen3-0.6b_qwen3-4b_1n8g",
         "qwen3-1.7b_qwen3-4b_1n8g",
         "qwen3-8b_qwen3-32b_2n8g",
+        "qwen3-30b-a3b_1n8g",
+        "qwen3-235b-a22b_8n8g",
     ):
         assert models in names
 
 
 @pytest.mark.parametrize("file", shipped(), ids=lambda file: file.name)
 def test_a_shipped_configuration_fits_its_cluster(file):
-    assert make_plan(load_config(file)).problems == []
+    assert plan_of(file).problems == []
 
 
 @pytest.mark.parametrize("name", GOLDEN)
 def test_a_plan_is_the_recorded_one(name):
-    plan = make_plan(load_config(ROOT / "configs" / name))
-    assert numbers(plan) == GOLDEN[name]
+    assert numbers(plan_of(ROOT / "configs" / name)) == GOLDEN[name]
 
 
 def test_recorded_totals_by_hand():
