@@ -166,6 +166,7 @@ def _rows(source: str) -> Iterator[tuple[dict, str]]:
         )
         for number, task in enumerate(tasks):
             row = {"prompt": task.question, "answer": task.answer, "data_source": "tiny_world"}
+            row["hint"] = task.calls()[0][0]  # the first call's code
             yield row, f"{source} row {number}"
         return
     yield from file_rows(source)

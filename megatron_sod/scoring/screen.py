@@ -10,7 +10,6 @@ from dataclasses import fields, replace
 from typing import TypeVar
 
 import torch
-import torch.distributed as dist
 
 from megatron_sod.types import MicroBatch, MiniBatch, TokenScores, TrainingBatch
 
@@ -20,23 +19,18 @@ Rows = TypeVar("Rows", MicroBatch, TokenScores)
 
 
 def screen(
-    batch: TrainingBatch, scores: list[TokenScores], cp_group: dist.ProcessGroup | None = None
+    batch: TrainingBatch, scores: list[TokenScores]
 ) -> tuple[TrainingBatch, list[TokenScores]]:
     """The batch and its scores without rows of spoilt trajectories; `num_nonfinite` counts them.
 
     Args:
         scores: of the micro-batches of all mini-batches, in order.
-        cp_group: ranks that hold other rows of the same trajectories, or None.
-    Distributed: one all-reduce of [N] over `cp_group`.
+    Distributed: no communication; every rank of a replica has the scores of all its rows.
     """
     micro_batches = [m for mini in batch.mini_batches for m in mini.micro_batches]
     spoilt_N = torch.zeros(len(batch.trajectories), dtype=torch.int32)
     for micro_batch, score in zip(micro_batches, scores, strict=True):
         spoilt_N[micro_batch.trajectory_ids.cpu()[~_is_finite(score).cpu()]] = 1
-    if cp_group is not None and dist.get_world_size(cp_group) > 1:
-        shared = spoilt_N.to(scores[0].student_logprobs.device)
-        dist.all_reduce(shared, op=dist.ReduceOp.MAX, group=cp_group)
-        spoilt_N = shared.cpu()
     if not spoilt_N.any():
         return batch, scores
     keep = [spoilt_N[m.trajectory_ids.cpu()] == 0 for m in micro_batches]

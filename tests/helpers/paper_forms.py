@@ -38,3 +38,42 @@ def running_clip_loop(divergences, delta: float, epsilon: float) -> list[float]:
         ratio = (divergences[k - 1] + epsilon) / (divergences[k] + epsilon)
         weights.append(min(weights[-1] * ratio, 1.0 + delta))
     return weights
+
+
+def heuristic_loop(wrong) -> list[float]:
+    """1 up to the first wrong step, then 0.9 once more for each step after it."""
+    weights, factor, is_after = [], 1.0, False
+    for is_wrong in wrong:
+        if is_after:
+            factor *= 0.9
+        weights.append(factor)
+        is_after = is_after or is_wrong
+    return weights
+
+
+def mask_after_wrong_loop(wrong) -> list[float]:
+    """1 up to and including the first wrong step, 0 after it."""
+    weights, is_after = [], False
+    for is_wrong in wrong:
+        weights.append(0.0 if is_after else 1.0)
+        is_after = is_after or is_wrong
+    return weights
+
+
+def advantages_loop(student, teacher, step_ids, weights, group_advantage, clip) -> list[float]:
+    """A_t = A_i + w_k * clip(log pi_T - log pi, +-clip), one number per counted token."""
+    advantages = []
+    for s, t, step in zip(student, teacher, step_ids, strict=True):
+        ratio = t - s if clip is None else max(-clip, min(clip, t - s))
+        advantages.append(group_advantage + weights[step - 1] * ratio)
+    return advantages
+
+
+def ppo_loss_loop(logprobs, old, advantages, low, high, dual) -> list[float]:
+    """max(-A rho, -A clip(rho)); for A < 0 at most -dual A."""
+    losses = []
+    for new, before, a in zip(logprobs, old, advantages, strict=True):
+        rho = math.exp(max(-20.0, min(20.0, new - before)))
+        loss = max(-a * rho, -a * max(1 - low, min(1 + high, rho)))
+        losses.append(min(loss, -dual * a) if a < 0 else loss)
+    return losses

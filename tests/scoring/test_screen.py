@@ -1,19 +1,17 @@
 """Trajectories with a score that is no number reach no loss and no token count.
 
-Layers: pure, then two gloo ranks that share a trajectory (context parallel). That the remaining
-rows train as if the others had never been sampled: tests/train/test_methods.py.
+Layer: pure. That the remaining rows train as if the others had never been sampled:
+tests/train/test_methods.py.
 """
 
 import math
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from megatron_sod.data.packing import PackItem, pack
 from megatron_sod.scoring.screen import screen
 from megatron_sod.types import MiniBatch, TokenScores, TrainingBatch
-from tests.helpers.gloo import run_on_ranks
 
 
 def _item(index, length=4):
@@ -78,16 +76,3 @@ def test_nothing_left_is_an_empty_batch():
     batch = _batch([(0,)])
     clean, (score,) = screen(batch, _scores(batch, teacher={(0, 1): math.nan}))
     assert clean.mini_batches[0].micro_batches[0].rows.numel() == 0 == score.teacher_hidden.numel()
-
-
-@pytest.mark.dist
-def test_a_trajectory_split_over_ranks_is_removed_on_all_of_them():
-    # the bad score lies on rank 1 only
-    assert run_on_ranks(2, _screen_on_this_rank) == [([1, 1, 1], 1), ([1, 1, 1], 1)]
-
-
-def _screen_on_this_rank():
-    batch = _batch([(0, 1)])
-    bad = {(0, 2): math.nan} if dist.get_rank() == 1 else {}
-    clean, _ = screen(batch, _scores(batch, bad), dist.group.WORLD)
-    return clean.mini_batches[0].micro_batches[0].trajectory_ids.tolist(), clean.num_nonfinite
