@@ -10,6 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
+import torch
+import torch.distributed as dist
+
 from megatron_sod.collapse import answer_alarms
 from megatron_sod.config.schema import SodConfig
 from megatron_sod.data.batch import build_training_batch
@@ -23,7 +26,9 @@ from megatron_sod.observe.progress import say
 from megatron_sod.observe.records import local_records, merge_records
 from megatron_sod.observe.summary import finish_run
 from megatron_sod.observe.telemetry import merge_telemetry
+from megatron_sod.parallel.cpu import device
 from megatron_sod.parallel.share import from_rank0
+from megatron_sod.parallel.status import STATUS
 from megatron_sod.rollout.breaker import check_infrastructure
 from megatron_sod.rollout.fidelity import render_mismatch_fraction
 from megatron_sod.rollout.shaping import shape_rewards
@@ -31,6 +36,7 @@ from megatron_sod.scoring.credit import assign_credit, distill_coef
 from megatron_sod.scoring.score import score
 from megatron_sod.scoring.screen import screen
 from megatron_sod.session import Session, open_session
+from megatron_sod.train.checkpoint_files import iteration_of
 from megatron_sod.train.loss import EXACT_LOSSES
 from megatron_sod.train.update import update
 from megatron_sod.types import (
@@ -54,6 +60,8 @@ def train(config: SodConfig) -> None:
             while session.progress.iteration < total:
                 metrics = run_iteration(session)
                 session.view.update(session.progress.iteration, metrics)
+                if _is_interrupted(session) and session.progress.iteration < total:
+                    return _stop(session)
             session.view.phase("finished")
         _end(session, wall_s=time.monotonic() - started)
 
@@ -61,7 +69,7 @@ def train(config: SodConfig) -> None:
 def run_iteration(session: Session) -> dict[str, float]:
     """One round of on-policy distillation; the metrics, complete on rank 0."""
     config, clock = session.config, _Clock(session.view)
-    iteration = session.progress.iteration + 1
+    STATUS.iteration = iteration = session.progress.iteration + 1
     with clock("rollout"):
         trajectories = _roll_out(session, iteration)
     batch = _training_batch(session, trajectories)
@@ -112,6 +120,36 @@ def run_iteration(session: Session) -> dict[str, float]:
     return metrics
 
 
+def _is_interrupted(session: Session) -> bool:
+    """Whether any rank was asked to stop. A collective.
+
+    Raises:
+        CheckpointError: the checkpoint being written failed on some rank.
+    """
+    flags = torch.tensor(
+        [int(session.stop.is_asked()), int(session.checkpoints.has_failed)], device=device()
+    )
+    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    if flags[1]:
+        session.checkpoints.finish()
+    return bool(flags[0])
+
+
+def _stop(session: Session) -> None:
+    """Leave a complete checkpoint of the last iteration, and say how to go on."""
+    session.checkpoints.finish()
+    latest = session.checkpoints.latest()
+    if latest is None or iteration_of(latest) != session.progress.iteration:
+        session.checkpoints.save(session.student, session.progress)
+        session.checkpoints.finish()
+    if session.is_main:
+        session.stop.obeyed()
+    say(
+        f"stopped as asked after iteration {session.progress.iteration}, which is saved in "
+        f"{session.checkpoints.latest()}; the same command goes on from there"
+    )
+
+
 def _begin(session: Session) -> None:
     """Put the student into the engines; evaluate student and teacher before training."""
     _transfer(session, session.progress.policy_version)
@@ -138,6 +176,7 @@ def _begin(session: Session) -> None:
 def _end(session: Session, *, wall_s: float) -> None:
     """Export the student, write the report and the summary."""
     config = session.config
+    STATUS.enter("end")
     session.checkpoints.finish()
     if config.train.export_hf:
         student = session.student
@@ -258,6 +297,7 @@ def _record(
 def _save_if_due(session: Session) -> float:
     """Begin a checkpoint; the seconds training waited for it."""
     train, progress, begin = session.config.train, session.progress, time.monotonic()
+    STATUS.enter("save")
     is_due = progress.iteration % train.save_interval == 0
     if (
         is_due
@@ -331,6 +371,7 @@ class _Clock:
     def __call__(self, phase: str) -> Iterator[None]:
         self._view.phase(phase)
         begin = time.monotonic()
+        STATUS.enter(phase)
         yield
         key = f"time/{phase}_s"
         self._phases[key] = self._phases.get(key, 0.0) + time.monotonic() - begin

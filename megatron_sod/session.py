@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +35,8 @@ from megatron_sod.observe.telemetry import Telemetry
 from megatron_sod.observe.watchdog import Watchdog
 from megatron_sod.parallel import state
 from megatron_sod.parallel.cpu import device
+from megatron_sod.parallel.lifetime import StopRequest, die_with_parent
+from megatron_sod.parallel.watch import Watch
 from megatron_sod.reshard.canary import canary_sequences, trainer_logprobs
 from megatron_sod.reshard.sync import WeightSync
 from megatron_sod.rollout.controller import RolloutController
@@ -61,6 +64,7 @@ class Session:
     eval_prompts: list[Prompt]
     run_dir: RunDir
     checkpoints: Checkpoints
+    stop: StopRequest
     progress: Progress
     tokenizer: Any
     sync: WeightSync | None  # None in a replay: there are no engines
@@ -98,6 +102,7 @@ def open_session(config: SodConfig) -> Iterator[Session]:
         closing.callback(state.shutdown)
         groups = state.process_groups()
         run_dir = RunDir(config)
+        watch, stop = _watched(config, run_dir, closing)
         telemetry = Telemetry(config.observe.telemetry_interval_s)
         closing.callback(telemetry.close)
         checkpoints = Checkpoints(
@@ -124,6 +129,8 @@ def open_session(config: SodConfig) -> Iterator[Session]:
         if dist.get_rank() == 0 and config.rollout.replay is None:
             closing.callback(stop_ray)
             closing.callback(lambda: terminal.keep_worker_logs(Path(log_folder()), run_dir.logs))
+            watch.on_abort.append(stop_ray)
+            stop.on_stop_now.append(stop_ray)
             controller = RolloutController(config, config.student, load_weights=False)
             closing.callback(controller.close)
             if config.eval.teacher and config.teacher and not _teacher_is_evaluated(run_dir):
@@ -145,6 +152,9 @@ def open_session(config: SodConfig) -> Iterator[Session]:
         if config.rollout.replay is None:
             sync = _weight_sync(config, student, inputs.student, controller)
             closing.callback(sync.close)
+        stop.install()
+        closing.callback(stop.uninstall)
+        closing.enter_context(watch.running())
         yield Session(
             config=config,
             groups=groups,
@@ -155,6 +165,7 @@ def open_session(config: SodConfig) -> Iterator[Session]:
             eval_prompts=inputs.eval_prompts,
             run_dir=run_dir,
             checkpoints=checkpoints,
+            stop=stop,
             progress=progress,
             tokenizer=inputs.tokenizer,
             sync=sync,
@@ -164,6 +175,19 @@ def open_session(config: SodConfig) -> Iterator[Session]:
             controller=controller,
             teacher_controller=teacher_controller,
         )
+
+
+def _watched(
+    config: SodConfig, run_dir: RunDir, closing: contextlib.ExitStack
+) -> tuple[Watch, StopRequest]:
+    """Let no rank hang or outlive the others unnoticed."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with_parent()
+    watch = Watch(
+        run_dir.path, stall_timeout_s=config.observe.stall_timeout_s, say=terminal.last_word
+    )
+    closing.callback(watch.close)
+    return watch, StopRequest(run_dir.path / "stop", say=terminal.last_word)
 
 
 class Inputs:

@@ -323,6 +323,9 @@ class ObserveConfig(Section):
     loggers: list[Literal["console", "jsonl", "tensorboard", "wandb"]] = ["console", "jsonl"]
     project: str = Field("megatron_sod", description="wandb: the project runs are filed under")
     num_trajectories_kept: int = Field(8, ge=0, description="per iteration, for the report")
+    stall_timeout_s: float = Field(
+        600, gt=0, description="without a sign of progress of any rank, the job ends"
+    )
     telemetry_interval_s: float | None = Field(
         1.0, gt=0, description="between samples of host memory and GPUs; null: none are taken"
     )

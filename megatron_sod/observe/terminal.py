@@ -33,6 +33,13 @@ def write_line(message: str) -> None:
         print(message, file=stream(), flush=True)
 
 
+def last_word(message: str) -> None:
+    """One line from a thread, perhaps the last of this process: waits for no live view's lock."""
+    where = stream()
+    show_cursor = "\x1b[?25h" if where.isatty() else ""  # a live view hides it
+    print(f"{show_cursor}{message}", file=where, flush=True)
+
+
 @contextlib.contextmanager
 def owned_by(console: Console) -> Iterator[None]:
     """Lines go through `console` meanwhile."""

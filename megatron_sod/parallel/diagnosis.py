@@ -34,14 +34,17 @@ def diagnose(table: Sequence[Record], *, stall_timeout_s: float) -> Verdict | No
         if failed:
             return Verdict(f"{_names(failed)} failed; see its message", failed, is_expected=True)
         return Verdict(f"{_each(table, died)} died: its process is gone (killed or crashed)", died)
-    silent = tuple(r for r in running if table[r]["unheard_s"] > stall_timeout_s)
+    is_stuck = all(_is_stuck(table[r], stall_timeout_s) for r in running)
+    # When nobody moves, a rank that does not even speak is the reason.
+    patience_s = stall_timeout_s / 2 if is_stuck else stall_timeout_s
+    silent = tuple(r for r in running if table[r]["unheard_s"] > patience_s)
     if silent:
         return Verdict(
-            f"{_each(table, silent)} has not been heard of for {stall_timeout_s:.0f} s: stopped, "
-            "or its machine is lost",
+            f"{_each(table, silent)} has not been heard of for {patience_s:.0f} s: stopped, or its "
+            "machine is lost",
             silent,
         )
-    if not running or any(not _is_stuck(table[r], stall_timeout_s) for r in running):
+    if not running or not is_stuck:
         return None
     return _stalled(table, running, stall_timeout_s)
 

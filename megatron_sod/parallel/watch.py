@@ -31,6 +31,7 @@ _KEY = "megatron_sod/status/"
 _HEARTBEAT_EVERY_S = 10.0
 _LEAVE_TO_REPORTER_S = 3.0  # the others exit later, so that the message comes first
 _CLEAN_UP_S = 8.0
+_START_PATIENCE_S = 3600.0
 
 
 class Watch:
@@ -45,7 +46,9 @@ class Watch:
         self._beat, self._last_line = 0, 0.0
         self._closed = threading.Event()
         self._closing = threading.Lock()
-        self.on_abort: list[Callable[[], None]] = []  # run before this rank exits
+        self.on_abort: list[Callable[[], object]] = []  # run before this rank exits
+        self._patience = contextlib.ExitStack()  # engines and models start in silence
+        self._patience.enter_context(STATUS.may_take(_START_PATIENCE_S))
         note_collectives()
         STATUS.touch()
         self._publish()
@@ -63,8 +66,10 @@ class Watch:
             self._publish()
 
     @contextlib.contextmanager
-    def explaining(self) -> Iterator[None]:
-        """An error that a lost rank causes here is reported as the loss of that rank."""
+    def running(self) -> Iterator[None]:
+        """The start is over: silence counts from here. An error that a lost rank causes inside is
+        reported as the loss of that rank."""
+        self._patience.close()
         try:
             yield
         except SodError:
@@ -158,6 +163,9 @@ class Watch:
         """Write what is known, say it once, end this rank and what is stopped on this machine."""
         with self._closing:  # the main thread may arrive here too
             table = self._table_or_nothing()
+            STATUS.state = "failed"  # this rank's own end needs no message of the others
+            with contextlib.suppress(RuntimeError):
+                self._publish()
             is_reporter = self._rank == self._reporter(table, verdict)
             folder = self._run_dir / "stall"
             with contextlib.suppress(OSError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from typing import Any
 import ray
 
 from megatron_sod.errors import RolloutError
+from megatron_sod.parallel.status import STATUS
 
 _LOST = (
     ray.exceptions.RayActorError,
@@ -30,7 +32,7 @@ def start_ray() -> None:
         return
     # Ray lowers its workers' priority by default; engines would starve beside anything else.
     os.environ.setdefault("RAY_worker_niceness", "0")
-    with _without_torchrun_variables():
+    with _without_torchrun_variables(), _in_a_session_of_its_own():
         ray.init(
             address=os.environ.get("RAY_ADDRESS"),
             include_dashboard=False if "RAY_ADDRESS" not in os.environ else None,
@@ -54,7 +56,8 @@ def get(references: Any, timeout_s: float, what: str) -> Any:
         RolloutError: a call failed, or there was no answer in time.
     """
     try:
-        return ray.get(references, timeout=timeout_s)
+        with STATUS.may_take(timeout_s):
+            return ray.get(references, timeout=timeout_s)
     except ray.exceptions.GetTimeoutError as error:
         raise RolloutError(
             f"{what}: no answer within {timeout_s:.0f} s; see the engines' logs under "
@@ -74,6 +77,19 @@ def log_folder() -> str:
     """Where the actors' output goes."""
     node = ray._private.worker._global_node
     return f"{node.get_session_dir_path()}/logs" if node else "the Ray session directory"
+
+
+@contextlib.contextmanager
+def _in_a_session_of_its_own() -> Iterator[None]:
+    """torchrun passes signals on to the rank's whole process group; a request to stop after the
+    iteration would end Ray at once. Ray's processes still die with this one."""
+    services: Any = ray._private.services
+    popen = services.ConsolePopen
+    services.ConsolePopen = functools.partial(popen, start_new_session=True)
+    try:
+        yield
+    finally:
+        services.ConsolePopen = popen
 
 
 @contextlib.contextmanager
