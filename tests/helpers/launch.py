@@ -69,3 +69,18 @@ def processes_of(marker: str) -> list[int]:
         if state != "Z" and marker.encode() in text:
             found.append(int(entry.name))
     return found
+
+
+def ranks_of(log: Path) -> dict[int, int]:
+    """Process ids of a run's trainer ranks by rank; Ray's and vLLM's processes are left out."""
+    found = {}
+    for pid in processes_of(marker_of(log)):
+        try:
+            text = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace")
+            command = Path(f"/proc/{pid}/cmdline").read_bytes()
+        except OSError:
+            continue
+        variables = dict(item.split("=", 1) for item in text.split("\0") if "=" in item)
+        if "LOCAL_RANK" in variables and b"tools/train_" in command:
+            found[int(variables["RANK"])] = pid
+    return found
