@@ -35,9 +35,9 @@ def die_with_parent() -> None:
 class StopRequest:
     """Whether someone asked this run to stop: by signal, or by creating the file `stop_file`."""
 
-    def __init__(self, stop_file: str | Path):
+    def __init__(self, stop_file: str | Path, say: Callable[[str], None] = print):
         self.on_stop_now: list[Callable[[], None]] = []  # run before a rank ends at once
-        self._stop_file = Path(stop_file)
+        self._stop_file, self._say = Path(stop_file), say
         self._first: float | None = None
         self._reading, self._writing = os.pipe()
         os.set_blocking(self._writing, False)
@@ -70,32 +70,33 @@ class StopRequest:
             now, name = time.monotonic(), signal.Signals(number).name
             if self._first is None:
                 self._first = now
-                threading.Timer(1.0, self._say, [name]).start()  # not if a lost rank is the cause
+                threading.Timer(
+                    1.0, self._confirm, [name]
+                ).start()  # not if a lost rank is the cause
             elif now - self._first > _SAME_REQUEST_S:
                 self._stop_now(name)
 
-    def _say(self, name: str) -> None:
-        if os.environ.get("RANK", "0") != "0":
-            return
+    def _confirm(self, name: str) -> None:
         seconds = os.environ.get(_SHUTDOWN_TIMEOUT, "30")
-        print(
-            f"{name}: finishing the iteration, then saving; once more stops at once. torchrun "
-            f"leaves {seconds} s for it: set {_SHUTDOWN_TIMEOUT} or --shutdown-timeout above the "
-            f"length of an iteration, or create {self._stop_file}, which has no limit",
-            file=sys.stderr,
-            flush=True,
-        )
+        if _is_main():
+            self._say(
+                f"{name}: finishing the iteration, then saving; once more stops at once. torchrun "
+                f"leaves {seconds} s for it: set {_SHUTDOWN_TIMEOUT} or --shutdown-timeout above "
+                f"the length of an iteration, or create {self._stop_file}, which has no limit"
+            )
 
     def _stop_now(self, name: str) -> None:
-        if os.environ.get("RANK", "0") == "0":
-            print(
+        if _is_main():
+            self._say(
                 f"{name}, the second: stopping at once; the same command goes on from the last "
-                "checkpoint",
-                file=sys.stderr,
-                flush=True,
+                "checkpoint"
             )
         for work in self.on_stop_now:
             thread = threading.Thread(target=work, daemon=True)
             thread.start()
             thread.join(_CLEAN_UP_S)
         os._exit(_AT_ONCE_CODE)
+
+
+def _is_main() -> bool:
+    return os.environ.get("RANK", "0") == "0"

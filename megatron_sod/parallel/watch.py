@@ -37,8 +37,15 @@ _START_PATIENCE_S = 3600.0
 class Watch:
     """Constructed by all ranks together; `close` ends the thread."""
 
-    def __init__(self, run_dir: str | Path, *, stall_timeout_s: float):
-        self._run_dir, self._timeout_s = Path(run_dir), stall_timeout_s
+    def __init__(
+        self,
+        run_dir: str | Path,
+        *,
+        stall_timeout_s: float,
+        say: Callable[[str], None] = print,
+    ):
+        """`say` shows the person one line."""
+        self._run_dir, self._timeout_s, self._say = Path(run_dir), stall_timeout_s, say
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
         self._store = _get_default_store().clone()  # type: ignore[attr-defined]
         self._interval_s = min(1.0, stall_timeout_s / 10)
@@ -176,14 +183,13 @@ class Watch:
             if not is_reporter or verdict.is_expected:
                 time.sleep(_LEAVE_TO_REPORTER_S)
             else:
-                print(
+                self._say(
                     f"error: {verdict.message}; the job ends. What every rank was doing is in "
-                    f"{folder}; the same command goes on from the last checkpoint",
-                    file=sys.stderr,
-                    flush=True,
+                    f"{folder}; the same command goes on from the last checkpoint"
                 )
             self._clean_up()
             _kill_stopped(table, verdict.ranks)
+            sys.stdout.flush()
             os._exit(1)
 
     def _table_or_nothing(self) -> list[dict[str, Any]]:
