@@ -142,8 +142,7 @@ def _stop(session: Session) -> None:
     if latest is None or iteration_of(latest) != session.progress.iteration:
         session.checkpoints.save(session.student, session.progress)
         session.checkpoints.finish()
-    if session.is_main:
-        session.stop.obeyed()
+    session.stop.obeyed()
     say(
         f"stopped as asked after iteration {session.progress.iteration}, which is saved in "
         f"{session.checkpoints.latest()}; the same command goes on from there"

@@ -34,6 +34,9 @@ def diagnose(table: Sequence[Record], *, stall_timeout_s: float) -> Verdict | No
         if failed:
             return Verdict(f"{_names(failed)} failed; see its message", failed, is_expected=True)
         return Verdict(f"{_each(table, died)} died: its process is gone (killed or crashed)", died)
+    ending = [r for r in running if table[r]["state"] == "failed"]
+    if any(table[r]["quiet_s"] <= stall_timeout_s for r in ending):
+        return None  # it cleans up, with a message of its own
     is_stuck = all(_is_stuck(table[r], stall_timeout_s) for r in running)
     # When nobody moves, a rank that does not even speak is the reason.
     patience_s = stall_timeout_s / 2 if is_stuck else stall_timeout_s

@@ -39,6 +39,7 @@ class StopRequest:
         self.on_stop_now: list[Callable[[], None]] = []  # run before a rank ends at once
         self._stop_file, self._say = Path(stop_file), say
         self._first: float | None = None
+        self._is_obeyed = False
         self._reading, self._writing = os.pipe()
         os.set_blocking(self._writing, False)
         threading.Thread(target=self._read, name="signals", daemon=True).start()
@@ -59,8 +60,10 @@ class StopRequest:
         return self._first is not None or self._stop_file.exists()
 
     def obeyed(self) -> None:
-        """The file has done its work; the next start must not find it."""
-        self._stop_file.unlink(missing_ok=True)
+        """The run has ended as asked; the next start must not find the file."""
+        self._is_obeyed = True
+        if _is_main():
+            self._stop_file.unlink(missing_ok=True)
 
     def _read(self) -> None:
         while True:
@@ -78,7 +81,7 @@ class StopRequest:
 
     def _confirm(self, name: str) -> None:
         seconds = os.environ.get(_SHUTDOWN_TIMEOUT, "30")
-        if _is_main():
+        if _is_main() and not self._is_obeyed:
             self._say(
                 f"{name}: finishing the iteration, then saving; once more stops at once. torchrun "
                 f"leaves {seconds} s for it: set {_SHUTDOWN_TIMEOUT} or --shutdown-timeout above "

@@ -44,6 +44,11 @@ class Status:
     def touch(self) -> None:
         self._touched = time.monotonic()
 
+    def fail(self) -> None:
+        """This rank is about to end with an error of its own."""
+        self.state = "failed"
+        self.touch()
+
     def enter(self, phase: str) -> None:
         self.phase, self.micro_batch = phase, None
         self.touch()

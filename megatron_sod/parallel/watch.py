@@ -50,6 +50,7 @@ class Watch:
         self._store = _get_default_store().clone()  # type: ignore[attr-defined]
         self._interval_s = min(1.0, stall_timeout_s / 10)
         self._heard: dict[int, tuple[int, float]] = {}  # rank -> (beat, when it was first seen)
+        self._texts: list[bytes] = []
         self._beat, self._last_line = 0, 0.0
         self._closed = threading.Event()
         self._closing = threading.Lock()
@@ -69,8 +70,7 @@ class Watch:
             STATUS.state = "ended"
         self._closed.set()
         self._thread.join(timeout=5)
-        with contextlib.suppress(RuntimeError):  # the store may be gone already
-            self._publish()
+        self._publish()
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -80,9 +80,10 @@ class Watch:
         try:
             yield
         except SodError:
-            STATUS.state = "failed"
+            STATUS.fail()
             raise
         except Exception:
+            STATUS.fail()
             # The watching thread needs a moment to see that a process is gone; it then exits.
             deadline = time.monotonic() + 5 * self._interval_s + 2.0
             while time.monotonic() < deadline:
@@ -90,23 +91,20 @@ class Watch:
                 if verdict is not None and not verdict.is_expected:
                     self._abort(verdict)
                 time.sleep(self._interval_s / 2)
-            STATUS.state = "failed"
             raise
 
     def _run(self) -> None:
         while not self._closed.wait(self._interval_s):
-            try:
-                self._publish()
-                verdict = self._verdict() if self._is_looking() else None
-            except RuntimeError as error:
-                verdict = Verdict(f"lost contact with torchrun's store ({error})", ())
+            self._publish()
+            verdict = self._verdict() if self._is_looking() else None
             if verdict is not None and not self._closed.is_set():
                 self._abort(verdict)
 
     def _publish(self) -> None:
         self._beat += 1
         record = {**STATUS.snapshot(), "beat": self._beat}
-        self._store.set(f"{_KEY}{self._rank}", json.dumps(record))
+        with contextlib.suppress(RuntimeError):  # the store's host is gone; `_table` copes
+            self._store.set(f"{_KEY}{self._rank}", json.dumps(record))
 
     def _is_looking(self) -> bool:
         """Reading all records costs; ranks that move leave it to rank 0 and its neighbours."""
@@ -123,9 +121,10 @@ class Watch:
 
     def _table(self) -> list[dict[str, Any]]:
         now, own = time.monotonic(), STATUS.snapshot()
-        texts = self._store.multi_get([f"{_KEY}{rank}" for rank in range(self._world)])
+        with contextlib.suppress(RuntimeError):  # the store's host is gone: the last records serve
+            self._texts = self._store.multi_get([f"{_KEY}{r}" for r in range(self._world)])
         table = []
-        for rank, text in enumerate(texts):
+        for rank, text in enumerate(self._texts):
             record = json.loads(text)
             beat, since = self._heard.get(rank, (-1, now))
             if record["beat"] != beat:
@@ -169,10 +168,9 @@ class Watch:
     def _abort(self, verdict: Verdict) -> NoReturn:
         """Write what is known, say it once, end this rank and what is stopped on this machine."""
         with self._closing:  # the main thread may arrive here too
-            table = self._table_or_nothing()
-            STATUS.state = "failed"  # this rank's own end needs no message of the others
-            with contextlib.suppress(RuntimeError):
-                self._publish()
+            table = self._table()
+            STATUS.fail()  # this rank's own end needs no message of the others
+            self._publish()
             is_reporter = self._rank == self._reporter(table, verdict)
             folder = self._run_dir / "stall"
             with contextlib.suppress(OSError):
@@ -191,12 +189,6 @@ class Watch:
             _kill_stopped(table, verdict.ranks)
             sys.stdout.flush()
             os._exit(1)
-
-    def _table_or_nothing(self) -> list[dict[str, Any]]:
-        try:
-            return self._table()
-        except RuntimeError:
-            return []
 
     def _write_stacks(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,7 @@ from tests.helpers import replay
 from tests.helpers.launch import end, marker_of, processes_of, ranks_of, run, start
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(1800)]
-_STALL_TIMEOUT_S = 6
+_STALL_TIMEOUT_S = 10
 
 
 @pytest.fixture(scope="module")

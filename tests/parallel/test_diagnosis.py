@@ -61,6 +61,12 @@ def test_a_rank_that_failed_or_finished_is_not_a_dead_one():
     assert verdict(record(), record(is_gone=True, state="ended")) is None
 
 
+def test_a_failing_rank_has_time_to_clean_up_but_not_for_ever():
+    assert verdict(record(**STUCK), record(state="failed", in_collective=False)) is None
+    found = verdict(record(**STUCK), record(**STUCK, state="failed", in_collective=False))
+    assert found.ranks == (1,)
+
+
 def test_a_rank_on_another_machine_is_judged_by_its_silence():
     assert verdict(record(), record(is_gone=None, unheard_s=TIMEOUT - 1)) is None
     found = verdict(record(), record(is_gone=None, unheard_s=TIMEOUT + 1))
