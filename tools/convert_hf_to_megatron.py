@@ -24,6 +24,13 @@ def parse_arguments() -> argparse.Namespace:
         "--dtype", choices=("float32", "bfloat16"), help="default: as the source stores"
     )
     parser.add_argument("--max-shard-size", default="5GB", help="largest file, as 5GB or 200MB")
+    parser.add_argument(
+        "--check-logits",
+        nargs="?",
+        const="",
+        metavar="FILE",
+        help="compare logits with transformers on the lines of FILE, or on two built-in texts",
+    )
     return parser.parse_args()
 
 
@@ -51,6 +58,10 @@ def main() -> None:
                 max_shard_bytes=num_bytes(arguments.max_shard_size),
                 on_progress=lambda done, total: bar.update(100 * done // max(total, 1)),
             )
+        if arguments.check_logits is not None:
+            from megatron_sod.scoring.logits_parity import add_logits
+
+            add_logits(report, arguments.out, arguments.hf, arguments.out, arguments.check_logits)
         print(report.text())
 
 

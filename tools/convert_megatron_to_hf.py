@@ -18,6 +18,13 @@ def main() -> None:
     parser.add_argument("--checkpoint", required=True, help="directory with .metadata in it")
     parser.add_argument("--out", required=True, help="directory to write; must not hold anything")
     parser.add_argument("--max-shard-size", default="5GB", help="largest file, as 5GB or 200MB")
+    parser.add_argument(
+        "--check-logits",
+        nargs="?",
+        const="",
+        metavar="FILE",
+        help="compare logits with transformers on the lines of FILE, or on two built-in texts",
+    )
     arguments = parser.parse_args()
     with user_errors():
         from megatron_sod.convert.output import num_bytes
@@ -31,6 +38,11 @@ def main() -> None:
                 max_shard_bytes=num_bytes(arguments.max_shard_size),
                 on_progress=lambda done, total: bar.update(100 * done // max(total, 1)),
             )
+        if arguments.check_logits is not None:
+            from megatron_sod.scoring.logits_parity import add_logits
+
+            folders = (arguments.out, arguments.checkpoint)
+            add_logits(report, arguments.out, *folders, arguments.check_logits)
         print(report.text())
 
 
