@@ -15,6 +15,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_sod.config.load import config_hash
 from megatron_sod.config.schema import ModelConfig, SodConfig
+from megatron_sod.convert.megatron_files import is_megatron_checkpoint
 from megatron_sod.data.chat_parity import check_same_chat
 from megatron_sod.data.order import PromptOrder
 from megatron_sod.data.privileged import teacher_prompts
@@ -209,6 +210,12 @@ class Inputs:
                 problems.append(
                     f"teacher.source self: {config.student.path} holds no weights to copy; start "
                     "from a trained model directory"
+                )
+            if config.eval.teacher and is_megatron_checkpoint(config.teacher.path):
+                problems.append(
+                    f"eval.teacher: engines cannot load the Megatron checkpoint "
+                    f"{config.teacher.path}; convert it with tools/convert_megatron_to_hf.py or "
+                    "set eval.teacher=false"
                 )
         if problems:
             raise ConfigError("\n".join(problems))

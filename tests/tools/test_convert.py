@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -43,6 +44,7 @@ def test_both_directions_from_the_command_line(tmp_path):
     assert done.stderr.startswith("error: ") and "choose another --out" in done.stderr
 
 
+@pytest.mark.slow
 def test_logits_are_compared_on_request_and_a_wrong_model_is_found(tmp_path):
     source = write_model_with_weights(tmp_path / "source", seed=7, scale=0.2)
     (tmp_path / "texts").write_text("12 + 7\n\nfour times five\n")

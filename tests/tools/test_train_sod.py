@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from megatron_sod.config.load import load_config
+from megatron_sod.convert.to_megatron import convert_hf_to_megatron
 from megatron_sod.data.tiny_models import write_tiny_model
 from megatron_sod.errors import SodError
 from tests.helpers.launch import ROOT, end, processes_of, start
@@ -73,6 +74,14 @@ def test_teacher_with_another_tokenizer_is_refused(tmp_path):
     (teacher / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(SodError, match="student and teacher tokenizers differ"):
         open_inputs(f"teacher.path={teacher}")
+
+
+def test_a_teacher_that_engines_cannot_load_is_refused(tmp_path):
+    convert_hf_to_megatron("configs/demo/teacher", tmp_path / "teacher")
+    path = f"teacher.path={tmp_path / 'teacher'}"
+    with pytest.raises(SodError, match="eval.teacher.*convert_megatron_to_hf"):
+        open_inputs(path, "eval.teacher=true")
+    assert open_inputs(path, "eval.teacher=false").teacher == open_inputs().teacher
 
 
 def test_print_config_is_quick_and_complete():
