@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import torch
 import torch.distributed as dist
@@ -223,10 +223,12 @@ def _transfer(session: Session, policy_version: int) -> dict[str, float]:
     if session.sync is None:
         return {}
     report = session.sync.transfer(policy_version)
-    return {
-        "transfer/canary_max_error": report.canary_max_error,
-        "transfer/bytes": float(report.num_bytes),
-    }
+    if session.is_main and report.canary_max_error is not None:
+        session.run_dir.write_json("transfer.json", asdict(report))
+    metrics = {"transfer/bytes": float(report.num_bytes), "transfer/wall_s": report.wall_s}
+    if report.canary_max_error is not None:
+        metrics["transfer/canary_max_error"] = report.canary_max_error
+    return metrics
 
 
 def _training_batch(session: Session, trajectories: list[Trajectory]) -> TrainingBatch:

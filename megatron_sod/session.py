@@ -326,5 +326,5 @@ def _weight_sync(
         controller.engine_control() if controller else None,
         canaries=canaries,
         trainer_logprobs=lambda sequences: trainer_logprobs(student.model, sequences),
-        tolerance=config.transfer.canary_tolerance,
+        config=config.transfer,
     )

@@ -14,7 +14,7 @@ from megatron_sod.config.schema import ParallelConfig, SftConfig, SodConfig
 def cross_field_problems(config: BaseModel) -> list[str]:
     """Every broken rule of `config`, one line each."""
     if isinstance(config, SodConfig):
-        return [*_layout(config), *_batches(config), *_roles(config)]
+        return [*_layout(config), *_batches(config), *_roles(config), *_engines(config)]
     if isinstance(config, SftConfig):
         return [
             *_parallel_problems("student", config.student.parallel, config.cluster),
@@ -150,6 +150,23 @@ def _roles(config: SodConfig) -> Iterator[str]:
         yield "rollout.placement disaggregated is not supported yet; use colocated"
     if config.eval.teacher and config.teacher is None:
         yield "eval.teacher needs a teacher section"
+
+
+def _engines(config: SodConfig) -> Iterator[str]:
+    engine = config.rollout.engine
+    if engine.quantization is not None:
+        yield (
+            f"rollout.engine.quantization {engine.quantization} is not supported yet: a transfer "
+            "writes the trainer's numbers as they are, so a quantised engine would need scales; "
+            "set it to null and use engine.dtype bfloat16"
+        )
+    if engine.lora_rank is not None:
+        yield (
+            "rollout.engine.lora_rank is not supported yet: whole parameters are trained and "
+            "transferred; set it to null"
+        )
+    if config.transfer.backend == "vllm_ipc" and config.cluster.world_size > 1:
+        yield "transfer.backend vllm_ipc works with one trainer rank only; use auto"
 
 
 def _replay(config: SodConfig, folder: str) -> Iterator[str]:

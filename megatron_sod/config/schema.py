@@ -152,6 +152,8 @@ class EngineConfig(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="auto: the student's dtype"
     )
+    quantization: str | None = Field(None, description="not supported yet: fp8 and the like")
+    lora_rank: int | None = Field(None, gt=0, description="not supported yet")
     start_timeout_s: float = Field(300, gt=0)
     py_executable: str | None = Field(
         None,
@@ -312,6 +314,22 @@ class WatchdogConfig(Section):
 
 
 class TransferConfig(Section):
+    backend: Literal["auto", "shared_memory", "ipc", "p2p", "vllm_nccl", "vllm_ipc"] = Field(
+        "auto", description="how weights reach the engines; auto: by hosts and devices"
+    )
+    bucket_mb: int = Field(256, gt=0, description="most a rank holds in transit, twice")
+    keep_sent: bool = Field(
+        True,
+        description="shared_memory: hold what was sent, the model's size per engine, so that an "
+        "engine started again can read it; false: two buckets",
+    )
+    pause: Literal["wait", "keep"] = Field(
+        "wait", description="sequences in flight are finished first, or kept and go on afterwards"
+    )
+    timeout_s: float = Field(300, gt=0, description="silence of a peer after which a run stops")
+    canary_interval: int = Field(
+        1, gt=0, description="transfers between comparisons of engine and trainer logprobs"
+    )
     canary_tolerance: float = Field(
         1e-3, gt=0, description="nats; engine and trainer logprobs may differ by this on canaries"
     )

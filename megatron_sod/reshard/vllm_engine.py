@@ -1,71 +1,95 @@
-"""Our end of vLLM's weight-transfer interface: reads the trainer ranks' pieces, reloads layerwise.
+"""Our end of vLLM's weight-transfer interface. Runs in vLLM's worker processes.
 
-Runs in vLLM's worker processes. Each worker reads every piece it needs straight from the rank that
-owns it; no rank ever holds the whole model.
+Each worker plans the transfer by itself and receives exactly its own shard: no worker, and no rank
+of the trainer, ever holds more of the model than its part and a bucket.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
-from vllm.model_executor.model_loader.reload import (
-    finalize_layerwise_reload,
-    initialize_layerwise_reload,
-)
 
-from megatron_sod.reshard.manifest import PieceReader
+from megatron_sod.errors import WeightTransferError
+from megatron_sod.reshard.receive import ShardReceiver
+from megatron_sod.reshard.setup import TransferSetup
+from megatron_sod.reshard.vllm_model import LiveModel
 
 
 @dataclass
-class SharedPiecesInit(WeightTransferInitInfo):
-    """Where the pieces lie. `refresh_tied_head` False reproduces vLLM's stale head, for a test."""
+class ReshardInit(WeightTransferInitInfo):
+    """`refresh_tied_head` False reproduces vLLM's stale head, for a test."""
 
-    pieces: list[dict]
-    shapes: dict[str, list[int]]
+    setup: dict[str, Any]
+    engine_index: int
     refresh_tied_head: bool = True
 
 
 @dataclass
-class SharedPiecesUpdate(WeightTransferUpdateInfo):
+class ReshardUpdate(WeightTransferUpdateInfo):
     """The version being received."""
 
     policy_version: int
+    transfer: int  # how many came before over this connection
 
 
-class SharedPiecesEngine(WeightTransferEngine[SharedPiecesInit, SharedPiecesUpdate]):
-    """Reads pieces from shared memory and loads them in checkpoint format."""
+class ReshardEngine(WeightTransferEngine[ReshardInit, ReshardUpdate]):
+    """Receives this worker's shard by the plan and puts it into the live model."""
 
-    init_info_cls = SharedPiecesInit
-    update_info_cls = SharedPiecesUpdate
+    init_info_cls = ReshardInit
+    update_info_cls = ReshardUpdate
+    _receiver: ShardReceiver | None = None
 
-    def init_transfer_engine(self, init_info: SharedPiecesInit) -> None:
-        self._reader = PieceReader(init_info.pieces, init_info.shapes)
+    def init_transfer_engine(self, init_info: ReshardInit) -> None:
+        """Plan, compare the plan with the live model, open the transport.
+
+        Raises:
+            WeightTransferError: the model is quantised, or not the one the plan is for.
+        """
+        self.shutdown()
+        setup = TransferSetup.from_dict(init_info.setup)
+        self._check(setup)
+        rank = get_tensor_model_parallel_rank()
+        destination = init_info.engine_index * setup.engine.tp_size + rank
+        tensors = {tensor.name: tensor for tensor in setup.plan().engine_tensors(rank)}
+        self._live = LiveModel(self.model, self.model_config, tensors)
+        self._receiver = ShardReceiver(setup, destination, self.device)
         self._refresh_tied_head = init_info.refresh_tied_head
 
-    def start_weight_update(self) -> None:
-        initialize_layerwise_reload(self.model)
+    def _check(self, setup: TransferSetup) -> None:
+        size = get_tensor_model_parallel_world_size()
+        if size != setup.engine.tp_size:
+            raise WeightTransferError(
+                f"the engine runs tensor_parallel_size {size}, the transfer was planned for "
+                f"{setup.engine.tp_size}"
+            )
+        if self.model_config.quantization is not None:
+            raise WeightTransferError(
+                f"the engine is quantised ({self.model_config.quantization}); only engines in the "
+                "trainer's number format, or a plain wider or narrower one, can be filled"
+            )
 
-    def receive_weights(self, update_info: SharedPiecesUpdate) -> None:
-        self.model.load_weights(self._reader.tensors())  # type: ignore[operator]
+    def start_weight_update(self) -> None:
+        assert self._receiver is not None, "connect before the first transfer"
+        self._live.begin()
+
+    def receive_weights(self, update_info: ReshardUpdate) -> None:
+        assert self._receiver is not None
+        self._receiver.receive(self._live, update_info.transfer)
+        # Here and not in finish_weight_update: after a failure there vLLM would refuse to begin the
+        # next update.
+        self._live.finish(refresh_tied_head=self._refresh_tied_head)
 
     def finish_weight_update(self) -> None:
-        finalize_layerwise_reload(self.model, self.model_config)
-        if self._refresh_tied_head:
-            self._reprocess_tied_head()
-
-    def _reprocess_tied_head(self) -> None:
-        """With tied embeddings nothing is loaded into lm_head itself, so the reload leaves the
-        form it had been prepacked into on CPU: the old weights, with only a warning."""
-        head = getattr(self.model, "lm_head", None)
-        method = getattr(head, "quant_method", None)
-        tied = getattr(self.model.config, "tie_word_embeddings", False)
-        if tied and method is not None:
-            method.process_weights_after_loading(head)
+        pass
 
     def shutdown(self) -> None:
-        del self._reader
+        if self._receiver is not None:
+            self._receiver.close()
+            self._receiver = None

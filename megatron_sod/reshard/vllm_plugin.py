@@ -13,7 +13,7 @@ def register() -> None:
 
     if "megatron_sod" not in WeightTransferEngineFactory._registry:
         WeightTransferEngineFactory.register_engine(
-            "megatron_sod", "megatron_sod.reshard.vllm_engine", "SharedPiecesEngine"
+            "megatron_sod", "megatron_sod.reshard.vllm_engine", "ReshardEngine"
         )
     if multiprocessing.parent_process() is not None:
         die_with_parent()

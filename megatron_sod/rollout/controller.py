@@ -12,6 +12,7 @@ import ray
 from megatron_sod.config.schema import ModelConfig, SodConfig
 from megatron_sod.errors import RolloutError
 from megatron_sod.observe.progress import say
+from megatron_sod.reshard.layouts import EngineLayout
 from megatron_sod.reshard.sync import EngineControl
 from megatron_sod.rollout.engine import EngineWeights
 from megatron_sod.rollout.fleet import Fleet
@@ -20,7 +21,7 @@ from megatron_sod.rollout.ray_instance import ActorLost, get, start_ray
 from megatron_sod.rollout.worker import GroupSampling
 from megatron_sod.types import Prompt, Trajectory
 
-_TRANSFER_TIMEOUT_S = 300
+_TRANSFER_GRACE_S = 30
 _CONTROL_TIMEOUT_S = 60
 _DEATH_NOTICE_S = 5.0  # a call may fail a moment before the death is known
 
@@ -142,7 +143,7 @@ class RolloutController:
         died is replaced first."""
 
         def connect(info: dict) -> None:
-            self._ask("weight transfer set-up", lambda e: e.connect_weights.remote(info))
+            self._ask("weight transfer set-up", lambda i, e: e.connect_weights.remote(info, i))
             self.fleet.weights = EngineWeights(info)
 
         def update(info: dict, version: int) -> None:
@@ -150,13 +151,15 @@ class RolloutController:
             connect_info = self.fleet.weights.connect_info
             # An engine started from now on reads the new weights.
             self.fleet.weights = EngineWeights(connect_info, info, version)
+            pause = self._config.transfer.pause
             self._ask(
-                f"weight transfer {version}", lambda e: e.update_weights.remote(info, version)
+                f"weight transfer {version}",
+                lambda _, e: e.update_weights.remote(info, version, pause),
             )
 
         def score(canaries: list[list[int]]) -> list[list[list[float]]]:
             rows = [
-                self._ask("canary scoring", lambda e, ids=ids: e.score.remote(ids))
+                self._ask("canary scoring", lambda _, e, ids=ids: e.score.remote(ids))
                 for ids in canaries
             ]
             by_engine = [list(engine) for engine in zip(*rows, strict=True)]
@@ -166,14 +169,21 @@ class RolloutController:
             )
             return by_engine
 
-        return EngineControl(connect, update, score)
+        def hosts() -> list[str]:
+            return self._ask("engine hosts", lambda _, e: e.host.remote())
+
+        engine = self._config.rollout.engine
+        layout = EngineLayout(engine.tensor_parallel_size, engine.num_engines)
+        return EngineControl(layout, hosts, connect, update, score)
 
     def _ask(self, what: str, call) -> list[Any]:
         """The answers of all engines; asked again when one died meanwhile."""
         self.fleet.begin_rollout()
         while True:
             try:
-                return get([call(e) for e in self.fleet.engines], _TRANSFER_TIMEOUT_S, what)
+                calls = [call(index, e) for index, e in enumerate(self.fleet.engines)]
+                # Longer than the engines' own patience: their message is to arrive, no timeout.
+                return get(calls, self._config.transfer.timeout_s + _TRANSFER_GRACE_S, what)
             except RolloutError:
                 if not self.fleet.heal(_DEATH_NOTICE_S):
                     raise

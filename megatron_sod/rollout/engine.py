@@ -7,13 +7,18 @@ interface (megatron_sod/reshard).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import os
+import socket
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
+from megatron_sod.errors import WeightTransferError
 from megatron_sod.rollout.agent_loop import SampledTurn, Sampling
 
+PauseMode = Literal["wait", "keep"]
+_TRANSFER_ENGINES = {"vllm_nccl": "nccl", "vllm_ipc": "ipc"}
 _HEALTH_INTERVAL_S = 1.0
 
 
@@ -49,7 +54,7 @@ class Engine:
 
     def __init__(self, options: dict[str, Any]):
         """`options`: model, dtype, max_model_len, tensor_parallel_size, max_num_seqs, load_format,
-        gpu_memory_utilization, seed."""
+        gpu_memory_utilization, seed, transfer_backend."""
         import torch
         from vllm import AsyncEngineArgs
         from vllm.config import WeightTransferConfig
@@ -73,7 +78,9 @@ class Engine:
             enable_chunked_prefill=on_gpu,
             max_num_batched_tokens=None if on_gpu else max(8192, options["max_model_len"]),
             logprobs_mode="processed_logprobs",  # after temperature: what was sampled from
-            weight_transfer_config=WeightTransferConfig(backend="megatron_sod"),
+            weight_transfer_config=WeightTransferConfig(
+                backend=_TRANSFER_ENGINES.get(options["transfer_backend"], "megatron_sod")
+            ),
             generation_config="vllm",  # nothing from the model's own generation_config.json
             disable_log_stats=True,
             seed=options["seed"],
@@ -82,6 +89,8 @@ class Engine:
         self._requests = itertools.count()
         self._interruptible: set[str] = set()
         self._is_interrupting = False
+        self._tensor_parallel_size = tensor_parallel_size
+        self._broken: str | None = None  # why this engine must not serve
 
     async def ready(self) -> bool:
         await self._llm.check_health()
@@ -130,12 +139,22 @@ class Engine:
             await self._llm.check_health()
             await asyncio.sleep(_HEALTH_INTERVAL_S)
 
-    async def join(self, weights: EngineWeights | None) -> list[list[float]]:
-        """Get the weights the other engines hold; logprobs of the canaries that prove it."""
+    async def join(self, weights: EngineWeights | None, index: int) -> list[list[float]]:
+        """Get the weights the other engines hold; logprobs of the canaries that prove it.
+
+        Raises:
+            WeightTransferError: what was sent is not kept for engines that come later.
+        """
         await self.ready()
         if weights is None:
             return []
-        await self.connect_weights(weights.connect_info)
+        if not weights.connect_info.get("setup", {}).get("is_kept"):
+            raise WeightTransferError(
+                f"engine {index} was started again, and the weights the others hold are gone: "
+                "start the run again from its checkpoint; on one host, transfer.keep_sent true "
+                "with the shared_memory backend keeps them for this case"
+            )
+        await self.connect_weights(weights.connect_info, index)
         if weights.update_info is not None:
             await self.update_weights(weights.update_info, weights.policy_version)
         return [await self.score(ids) for ids in weights.canaries]
@@ -150,27 +169,60 @@ class Engine:
         return [entry[token].logprob for entry, token in zip(entries, token_ids[1:], strict=True)]
 
     async def _final(self, token_ids: list[int], params, request_id: str):
-        final = None
+        self._check_whole()
+        final: Any = None
         async for output in self._llm.generate({"prompt_token_ids": token_ids}, params, request_id):
             final = output
+        self._check_whole()  # it may have been ended by a failed transfer
         return final
 
-    async def connect_weights(self, init_info: dict[str, Any]) -> None:
-        """Give the weight-transfer engine what it needs once."""
+    async def connect_weights(self, init_info: dict[str, Any], index: int) -> None:
+        """Give the weight-transfer engine what it needs once; this is engine `index`."""
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
-        await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info))
+        if "setup" in init_info:
+            init_info = {**init_info, "engine_index": index}
+        elif "rank_offset" in init_info:  # vLLM's nccl: one group over the workers of all engines
+            offset = init_info["rank_offset"] + index * self._tensor_parallel_size
+            init_info = {**init_info, "rank_offset": offset}
+        request = WeightTransferInitRequest(init_info)
+        await self._llm.init_weight_transfer_engine(request)
 
-    async def update_weights(self, update_info: dict[str, Any], policy_version: int) -> None:
-        """Pause, receive, resume; cached prefixes of the old weights are dropped."""
+    async def update_weights(
+        self, update_info: dict[str, Any], policy_version: int, pause: PauseMode = "wait"
+    ) -> None:
+        """Pause, receive, resume. Every cached key and value of the old weights is dropped.
+
+        Args:
+            pause: what happens to sequences in flight: "wait" finishes them first; "keep" freezes
+                them, and they go on with the new weights after their prefix has been recomputed.
+        Raises:
+            WeightTransferError: the engine may hold half a model now; it serves nothing until a
+                later transfer succeeds.
+        """
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
-        await self._llm.pause_generation(mode="wait")
-        await self._llm.start_weight_update()
-        await self._llm.update_weights(WeightTransferUpdateRequest(update_info))
-        await self._llm.finish_weight_update(weight_version=str(policy_version))
-        await self._llm.reset_prefix_cache()
+        await self._llm.pause_generation(mode=pause)
+        try:
+            await self._llm.start_weight_update()
+            await self._llm.update_weights(WeightTransferUpdateRequest(update_info))
+            await self._llm.finish_weight_update(weight_version=str(policy_version))
+        except BaseException as error:
+            self._broken = f"the transfer of version {policy_version} failed: {error}"
+            with contextlib.suppress(Exception):  # the engine's process may be gone
+                await self._llm.pause_generation(mode="abort")  # sequences that were kept end here
+            raise WeightTransferError(self._broken) from None
+        self._broken = None
         await self._llm.resume_generation()
+
+    def _check_whole(self) -> None:
+        if self._broken is not None:
+            raise WeightTransferError(
+                f"this engine may hold half a model and serves nothing: {self._broken}"
+            )
+
+    async def host(self) -> str:
+        return socket.gethostname()
 
     async def close(self) -> None:
         self._llm.shutdown()

@@ -140,7 +140,7 @@ class Fleet:
         self._restarted("engine", index, reason)
         ray.kill(self.engines[index])
         self.engines[index] = self._new_engine(index)
-        self._joining[self.engines[index].join.remote(self.weights)] = index
+        self._joining[self.engines[index].join.remote(self.weights, index)] = index
 
     def _joined(self, event: Any) -> None:
         index = self._joining.pop(event)
@@ -247,4 +247,5 @@ def _engine_options(config: SodConfig, model: ModelConfig, load_weights: bool) -
         "gpu_memory_utilization": engine.gpu_memory_utilization,
         "load_format": "auto" if load_weights else "dummy",
         "seed": config.seed,
+        "transfer_backend": config.transfer.backend,
     }

@@ -215,7 +215,8 @@ def _engine_oracle(geometry, weights, tp, rank, expert_parallel) -> dict[str, to
     my_heads = range(rank * heads // tp, (rank + 1) * heads // tp)
     my_groups = sorted({head // per_group for head in my_heads})
     found = {"model.norm.weight": weights["model.norm.weight"]}
-    padded = torch.zeros(-(-geometry.vocab_size // 64) * 64, geometry.hidden_size).long()
+    shape = (-(-geometry.vocab_size // 64) * 64, geometry.hidden_size)
+    padded = torch.zeros(shape, dtype=weights["model.norm.weight"].dtype)
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         if name in weights:
             padded[: geometry.vocab_size] = weights[name]

@@ -1,6 +1,8 @@
-"""Weight transfer from two tensor-parallel trainer ranks into a real vLLM engine.
+"""Weight transfer from a tensor- and pipeline-parallel trainer into real vLLM engines.
 
-Layers: gloo ranks, Ray, one engine. The pieces themselves are tested in test_manifest.py.
+Layers: gloo ranks, Ray, one engine; the engine's logprobs against transformers' on weights gathered
+from the trainer. One layout by default, the others are slow. The plan: test_plan.py; transports and
+faults in transit: test_transports.py; under load: test_transfer_under_load.py.
 """
 
 from __future__ import annotations
@@ -9,125 +11,166 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests.helpers.families import FAMILIES
 from tests.helpers.gloo import run_on_ranks
 from tests.helpers.tiny import write_model_with_weights
+from tests.reshard.real import Oracle, build_trainable, change, control_of, start_engine
 
-pytestmark = [pytest.mark.dist, pytest.mark.timeout(400)]
+pytest.importorskip("vllm", reason="engines are vLLM's")
+
+pytestmark = [pytest.mark.dist, pytest.mark.timeout(500)]
+NUM_TRANSFERS = 20
 
 
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory):
     folder = tmp_path_factory.mktemp("transfer")
     student = write_model_with_weights(folder / "student", seed=3)
-    return run_on_ranks(2, _transfers, str(student))[0]
+    parallel = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
+    return run_on_ranks(4, _transfers, str(student), parallel, 1, True, "auto")[0]
 
 
-def test_engine_equals_trainer_after_each_transfer_with_changed_weights(outcome):
-    assert len(outcome["errors"]) == 3
+def test_engine_equals_transformers_after_each_of_twenty_transfers(outcome):
+    assert len(outcome["errors"]) == NUM_TRANSFERS
     assert max(outcome["errors"]) < 1e-4
-    assert outcome["changed"] > 0.01, "the weights did not change enough to notice a stale copy"
+    assert min(outcome["changes"]) > 0.01, "the weights did not change enough to see a stale copy"
 
 
-def test_stale_tied_head_is_caught_when_the_work_around_is_removed(outcome):
-    assert "do not hold the trainer's weights" in outcome["stale_head"]
+def test_engine_equals_trainer_after_each_transfer(outcome):
+    assert max(outcome["canary_errors"]) < 1e-4
 
 
-def test_a_permuted_tensor_is_caught(outcome):
-    assert "do not hold the trainer's weights" in outcome["permuted"]
+def test_stale_tied_head_is_caught_and_named_when_the_refresh_is_removed(outcome):
+    assert "prepacked copy is stale" in outcome["stale_head"], outcome["stale_head"]
+    assert "lm_head.weight" in outcome["stale_head"]
 
 
-def _transfers(student_path: str) -> dict:
-    """Three honest transfers, one with a permuted tensor, one without the tied-head work-around."""
-    from megatron_sod.config.schema import ParallelConfig
+def test_a_permuted_query_shard_is_caught_and_named(outcome):
+    expected = "checksums of model.layers.1.self_attn.q_proj.weight"
+    assert expected in outcome["permuted"], outcome["permuted"]
+
+
+def test_an_engine_that_may_hold_half_a_model_serves_nothing_until_a_transfer_succeeds(outcome):
+    assert "serves nothing" in outcome["broken"], outcome["broken"]
+    assert outcome["repaired"] < 1e-4
+
+
+LAYOUTS = {
+    "untied-tp1": ("qwen3_untied", {}, 1, "shared_memory"),
+    "tied-tp2": ("qwen3", {}, 2, "auto"),
+    "untied-tp2-p2p": ("qwen3_untied", {}, 2, "p2p"),
+    "experts-tp1": ("qwen3_moe", {}, 1, "auto"),
+    "experts-tp2-ep2": (
+        "qwen3_moe",
+        {"expert_model_parallel_size": 2, "expert_tensor_parallel_size": 1,
+         "sequence_parallel": True},
+        2,
+        "auto",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_engine_equals_transformers_in_every_layout(tmp_path, layout):
+    family, options, engine_tp, backend = LAYOUTS[layout]
+    student = write_model_with_weights(tmp_path / "student", seed=3, **FAMILIES[family])
+    parallel = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, **options}
+    found = run_on_ranks(4, _transfers, str(student), parallel, engine_tp, False, backend)[0]
+    assert len(found["errors"]) == NUM_TRANSFERS
+    assert max(found["errors"]) < 1e-4 and min(found["changes"]) > 0.01
+
+
+def _transfers(path: str, parallel: dict, engine_tp: int, with_faults: bool, backend: str) -> dict:
+    """Twenty transfers of changing weights, then deliberate faults."""
+    from megatron_sod.config.schema import ParallelConfig, TransferConfig
     from megatron_sod.errors import WeightTransferError
-    from megatron_sod.model.build import build_model
-    from megatron_sod.model.geometry import load_geometry
-    from megatron_sod.model.weights import load_hf_weights
-    from megatron_sod.parallel import state
+    from megatron_sod.model.weights import gather_hf_tensors
     from megatron_sod.reshard.canary import canary_sequences, trainer_logprobs
     from megatron_sod.reshard.sync import WeightSync
     from megatron_sod.rollout.ray_instance import stop_ray
 
-    parallel = ParallelConfig(tensor_model_parallel_size=2)
-    state.initialize(parallel, seed=0)
-    geometry = load_geometry(student_path)
-    model = build_model(geometry, parallel, state.process_groups())
-    load_hf_weights(model, geometry, student_path)
+    trainable, geometry = build_trainable(path, ParallelConfig(**parallel))
     canaries = canary_sequences(geometry.vocab_size, 24)
-    control = _engine_control(student_path) if dist.get_rank() == 0 else None
+    is_main = dist.get_rank() == 0
+    engine = start_engine(path, tp=engine_tp) if is_main else None
+    control = control_of(engine, tp=engine_tp) if is_main else None
+    oracle = Oracle(path) if is_main else None
 
     def sync(**options) -> WeightSync:
         return WeightSync(
-            model,
+            trainable.model,
             geometry,
             control,
+            config=TransferConfig(
+                backend=backend, canary_tolerance=1e-4, timeout_s=60, keep_sent=False
+            ),
             canaries=canaries,
-            trainer_logprobs=lambda ids: trainer_logprobs(model, ids),
-            tolerance=1e-4,
+            trainer_logprobs=lambda ids: trainer_logprobs(trainable.model, ids),
             **options,
         )
 
-    def error_of(broken: WeightSync, version: int) -> str:
+    def engine_error() -> tuple[float, torch.Tensor]:
+        tensors = {n: t.clone() for n, t in gather_hf_tensors(trainable.model, geometry)}
+        if not is_main:
+            return 0.0, torch.zeros(1)
+        expected = oracle.logprobs(tensors, canaries)
+        found = torch.tensor([x for row in control.score(canaries)[0] for x in row])
+        return float((found - expected).abs().max()), expected
+
+    def fault(broken: WeightSync, version: int) -> str:
         try:
             broken.transfer(version)
         except WeightTransferError as error:
             return str(error)
         return ""
 
-    result: dict = {"errors": []}
-    before = trainer_logprobs(model, canaries)
-    good = sync()
-    for version in range(3):
-        result["errors"].append(good.transfer(version).canary_max_error)
-        _change(model, seed=version)
-    after = trainer_logprobs(model, canaries)
-    result["changed"] = float((torch.tensor(before) - torch.tensor(after)).abs().max())
-    result["stale_head"] = error_of(sync(refresh_tied_head=False), 3)
-    permuted = sync()
-    publish = permuted._pieces.publish
-    permuted._pieces.publish = lambda views: publish([v.flip(0) for v in views])
-    result["permuted"] = error_of(permuted, 4)
-    if dist.get_rank() == 0:
+    result: dict = {"errors": [], "canary_errors": [], "changes": []}
+    good, before = sync(), None
+    for version in range(NUM_TRANSFERS):
+        report = good.transfer(version)
+        error, logprobs = engine_error()
+        result["canary_errors"].append(report.canary_max_error)
+        result["errors"].append(error)
+        if before is not None:
+            result["changes"].append(float((logprobs - before).abs().max()))
+        before = logprobs
+        change(trainable.model, seed=version)
+    if with_faults:
+        result["stale_head"] = fault(sync(refresh_tied_head=False), 20)
+        result["permuted"] = fault(_permuting(sync()), 21)
+        result["broken"] = _refusal(control, canaries) if is_main else ""
+        repairing = sync()
+        repairing.transfer(22)
+        result["repaired"] = engine_error()[0]
+    dist.barrier()
+    if is_main:
         stop_ray()
     dist.barrier()
     return result
 
 
-def _change(model, *, seed: int) -> None:
-    """Different weights, as after an optimizer step; replicated tensors stay replicated."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            factor = 1.0 + 0.2 * torch.rand((), generator=generator)
-            parameter.mul_(factor)
+def _permuting(sync):
+    """Rows of layer 1's queries swapped on the way, after their checksums were taken."""
+    pack = sync._sender._pack
+
+    def permuted(message, buffer):
+        pack(message, buffer)
+        offset = 0
+        for copy in message.copies:
+            size = copy.num_elements * 4
+            if copy.hf_name == "model.layers.1.self_attn.q_proj.weight":
+                part = buffer[offset : offset + size].view(torch.float32).view(copy.shape)
+                part.copy_(part.flip(0).clone())
+            offset += -(-size // 64) * 64
+
+    sync._sender._pack = permuted
+    return sync
 
 
-def _engine_control(student_path: str):
-    import ray
-
-    from megatron_sod.reshard.sync import EngineControl
-    from megatron_sod.rollout.engine import Engine, engine_environment
-    from megatron_sod.rollout.ray_instance import start_ray
-
-    start_ray()
-    options = {
-        "model": student_path,
-        "dtype": "float32",
-        "max_model_len": 128,
-        "max_num_seqs": 4,
-        "tensor_parallel_size": 1,
-        "gpu_memory_utilization": 0.5,
-        "load_format": "dummy",
-        "seed": 0,
-    }
-    environment = {"env_vars": engine_environment(1)}
-    actor = ray.remote(num_cpus=0, runtime_env=environment, max_concurrency=64)(Engine)
-    engine = actor.remote(options)
-    ray.get(engine.ready.remote(), timeout=300)
-    return EngineControl(
-        connect=lambda info: ray.get(engine.connect_weights.remote(info), timeout=60),
-        update=lambda info, version: ray.get(
-            engine.update_weights.remote(info, version), timeout=60
-        ),
-        score=lambda rows: [[ray.get(engine.score.remote(ids), timeout=60) for ids in rows]],
-    )
+def _refusal(control, canaries) -> str:
+    try:
+        control.score(canaries)
+    except Exception as error:
+        return str(error)
+    return ""

@@ -24,12 +24,14 @@ ray = pytest.importorskip("ray", reason="rollouts run on ray")
 pytest.importorskip("vllm", reason="rollouts sample with vllm")
 
 from megatron_sod.config.schema import WatchdogConfig  # noqa: E402
-from megatron_sod.convert.layout import hf_shapes  # noqa: E402
+from megatron_sod.convert.layout import Segment  # noqa: E402
 from megatron_sod.data.batch import build_training_batch  # noqa: E402
 from megatron_sod.data.sources import load_prompts  # noqa: E402
 from megatron_sod.errors import RolloutError  # noqa: E402
 from megatron_sod.model.geometry import load_geometry  # noqa: E402
-from megatron_sod.reshard.manifest import SharedPieces, as_dicts  # noqa: E402
+from megatron_sod.reshard.layouts import TrainerLayout  # noqa: E402
+from megatron_sod.reshard.send import ShardSender, index_shards  # noqa: E402
+from megatron_sod.reshard.setup import TransferSetup  # noqa: E402
 from megatron_sod.rollout.breaker import check_infrastructure  # noqa: E402
 from megatron_sod.rollout.controller import RolloutController  # noqa: E402
 from megatron_sod.rollout.groups import GroupRequest  # noqa: E402
@@ -79,25 +81,41 @@ def controller(config, tmp_path_factory):
     controller = RolloutController(config, config.student, load_weights=False)
     try:
         controller.wait_until_ready("test engines")
-        pieces = _publish_student(tmp_path_factory.mktemp("pieces"))
         control = controller.engine_control()
-        shapes = {name: list(s) for name, s in hf_shapes(load_geometry(STUDENT)).items()}
-        control.connect({"pieces": as_dicts(pieces.pieces), "shapes": shapes})
-        control.update({"policy_version": 7}, 7)
+        setup = _setup(control, tmp_path_factory.mktemp("links"))
+        sender = _send_student(setup)
+        control.connect({"setup": setup.as_dict()})
+        control.update({"policy_version": 7, "transfer": 0}, 7)
         control.score([[1, 2, 3, 4, 5, 6]])
         yield controller
         controller.close()
-        pieces.close()
+        sender.close()
     finally:
         stop_ray()
 
 
-def _publish_student(folder: Path) -> SharedPieces:
+def _setup(control, folder: Path) -> TransferSetup:
+    geometry = load_geometry(STUDENT)
+    return TransferSetup(
+        geometry,
+        TrainerLayout(1, geometry.num_layers),
+        control.layout,
+        dtype="float32",
+        bucket_bytes=1 << 20,
+        backend="shared_memory",
+        timeout_s=60,
+        is_kept=True,
+        folder=str(folder),
+    )
+
+
+def _send_student(setup: TransferSetup) -> ShardSender:
+    """What one trainer rank that holds everything would do."""
     tensors = load_file(STUDENT / "model.safetensors")
-    offers = [(name, 0, 0, tuple(tensor.shape)) for name, tensor in tensors.items()]
-    pieces = SharedPieces(folder, 0, offers, torch.float32)
-    pieces.publish(tensor.float() for tensor in tensors.values())
-    return pieces
+    shards = [(Segment(n, 0, 0, 0, t.shape[0]), t.float()) for n, t in tensors.items()]
+    sender = ShardSender(setup, 0, index_shards(shards), torch.device("cpu"))
+    sender.send()
+    return sender
 
 
 @pytest.fixture(scope="module")
