@@ -11,7 +11,6 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state  # here, not in a thread while the others wait
 
 from megatron_sod.convert.layout import hf_shapes, segments_of
 from megatron_sod.errors import WeightTransferError
@@ -23,9 +22,8 @@ from megatron_sod.reshard.message import pack
 from megatron_sod.reshard.receive import ShardReceiver
 from megatron_sod.reshard.send import ShardSender, index_shards
 from megatron_sod.reshard.setup import TransferSetup
-from tests.reshard.test_plan import TINY, TINY_MOE, _engine_oracle, _parameters_of
+from tests.reshard.oracles import TINY, TINY_MOE, engine_oracle, parameters_of
 
-assert parallel_state
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.timeout(150)
 
@@ -72,7 +70,7 @@ def _weights(geometry, seed=0) -> dict[str, torch.Tensor]:
 
 def _shards(rank, geometry, trainer, weights):
     """The rank's Megatron parameters, padding rows filled with a number that must not travel."""
-    for name, split in _parameters_of(rank, geometry, trainer):
+    for name, split in parameters_of(rank, geometry, trainer):
         for s in segments_of(name, geometry, **split):
             yield s, weights[s.hf_name].narrow(s.dim, s.hf_start, s.length).clone()
 
@@ -150,7 +148,7 @@ def test_every_engine_parameter_arrives_bit_exactly_twice_in_a_row(tmp_path, bac
     assert not errors, errors
     for destination, model in enumerate(models):
         rank = destination % engine.tp_size
-        oracle = _engine_oracle(geometry, weights, engine.tp_size, rank, False)
+        oracle = engine_oracle(geometry, weights, engine.tp_size, rank, False)
         assert model.values.keys() == oracle.keys()
         for name, expected in oracle.items():
             assert torch.equal(model.values[name], expected), name
