@@ -8,7 +8,7 @@ PYTHON ?= python3
 SEED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench demo-checkpoints demo-controls clean
+.PHONY: help setup demo test check bench demo-checkpoints demo-controls methods-table clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -48,6 +48,9 @@ demo-checkpoints: setup ## make the demo's cold-start checkpoints again (about f
 	$(PY) -m megatron_sod.data.tiny_models runs/demo_init
 	$(TORCHRUN) --nproc-per-node 2 tools/train_sft.py --config configs/demo/sft_student.yaml
 	$(TORCHRUN) --nproc-per-node 2 tools/train_sft.py --config configs/demo/sft_teacher.yaml
+
+methods-table: setup ## every method on the demo's world, one seed, into docs/methods_results.md (2 hours)
+	$(PY) tools/demo_table.py --table methods
 
 demo-controls: setup ## the README's table: seeds 0 1 2 and the controls, same budget (about an hour)
 	$(PY) tools/demo_table.py

@@ -53,7 +53,7 @@ TABLES = {
         METHODS,
         "docs/methods_results.md",
         "Every method on the demo's world",
-        "tools/demo_table.py --table methods",
+        "make methods-table",
     ),
 }
 
