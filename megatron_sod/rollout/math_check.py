@@ -16,6 +16,9 @@ import subprocess
 import sys
 import threading
 
+from megatron_sod.errors import GraderUnavailable
+
+_KILLED = (-signal.SIGKILL, -signal.SIGTERM)
 MAX_CHARACTERS = 1000  # of an answer; longer ones are compared as text only
 
 
@@ -29,21 +32,35 @@ class MathChecker:
         self._helper: subprocess.Popen | None = None
 
     def equal(self, reference: str, given: str) -> bool:
-        """Whether `given` equals `reference`; False when that cannot be decided in time."""
+        """Whether `given` equals `reference`; False when that cannot be decided in time.
+
+        Raises:
+            GraderUnavailable: the helper was killed from outside, again after a new start.
+        """
         if max(len(reference), len(given)) > MAX_CHARACTERS:
             return False
-        with self._lock:
-            helper = self._running()
-            assert helper.stdin is not None and helper.stdout is not None
-            try:
-                helper.stdin.write(json.dumps([reference, given]) + "\n")
-                helper.stdin.flush()
-                answer = helper.stdout.readline()
-            except BrokenPipeError:
-                answer = ""
-            if not answer:  # the alarm ended it
-                self._end()
-            return answer.strip() == "1"
+        for _ in range(2):
+            with self._lock:
+                answer, code = self._ask(json.dumps([reference, given]))
+            if answer or code not in _KILLED:  # the alarm, or a crash on what the student wrote
+                return answer == "1"
+        raise GraderUnavailable(f"the math checker was killed twice (exit code {code})")
+
+    def _ask(self, question: str) -> tuple[str, int]:
+        """The answer, or "" and how the helper ended."""
+        helper = self._running()
+        assert helper.stdin is not None and helper.stdout is not None
+        try:
+            helper.stdin.write(question + "\n")
+            helper.stdin.flush()
+            answer = helper.stdout.readline().strip()
+        except BrokenPipeError:
+            answer = ""
+        code = 0
+        if not answer:
+            code = helper.wait()
+            self._end()
+        return answer, code
 
     def _running(self) -> subprocess.Popen:
         if self._helper is None or self._helper.poll() is not None:

@@ -6,12 +6,13 @@ turn is graded: tests/rollout/test_agent_loop.py.
 
 import os
 import signal
+import threading
 import time
 
 import pytest
 
 from megatron_sod.config.schema import RewardConfig
-from megatron_sod.errors import ConfigError
+from megatron_sod.errors import ConfigError, GraderUnavailable
 from megatron_sod.rollout.math_check import MathChecker
 from megatron_sod.rollout.rewards import grade_auto, grade_math, last_boxed, make_grader
 from megatron_sod.types import Prompt
@@ -195,3 +196,21 @@ def test_a_function_of_ones_own_can_grade():
 def test_a_function_that_cannot_be_imported_is_named(function):
     with pytest.raises(ConfigError, match="module.path:function"):
         make_grader(RewardConfig(kind="import", function=function))
+
+
+def test_a_helper_killed_in_the_middle_of_a_question_is_asked_again_not_counted_as_wrong():
+    checker = MathChecker()
+    assert checker.equal("1/2", "0.5")
+    process = checker._helper.pid
+    os.kill(process, signal.SIGSTOP)  # so that the question below is in the middle
+    timer = threading.Timer(0.3, os.kill, (process, signal.SIGKILL))
+    timer.start()
+    assert checker.equal("1/2", "\\frac{1}{2}")
+    assert checker._helper.pid != process
+
+
+def test_a_helper_that_is_killed_every_time_is_no_verdict(monkeypatch):
+    checker = MathChecker()
+    monkeypatch.setattr(checker, "_ask", lambda question: ("", -signal.SIGKILL))
+    with pytest.raises(GraderUnavailable, match="killed twice"):
+        checker.equal("1/2", "0.5")
