@@ -14,7 +14,7 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_sod.config.load import config_hash
-from megatron_sod.config.schema import ModelConfig, SodConfig
+from megatron_sod.config.schema import SodConfig
 from megatron_sod.convert.megatron_files import is_megatron_checkpoint
 from megatron_sod.data.chat_parity import check_same_chat
 from megatron_sod.data.order import PromptOrder
@@ -22,11 +22,9 @@ from megatron_sod.data.privileged import teacher_prompts
 from megatron_sod.data.sources import load_prompts
 from megatron_sod.data.tokenizer import load_tokenizer
 from megatron_sod.errors import ConfigError
-from megatron_sod.model.build import build_model
 from megatron_sod.model.geometry import Geometry, layout_problems, load_geometry
-from megatron_sod.model.gpt import PipelineModel
 from megatron_sod.model.parity import check_same_vocabulary
-from megatron_sod.model.weights import has_weights, load_head, load_hf_weights
+from megatron_sod.model.weights import has_weights, load_model
 from megatron_sod.observe import terminal
 from megatron_sod.observe.live_view import TrainingView
 from megatron_sod.observe.loggers import Logger, open_loggers
@@ -35,7 +33,6 @@ from megatron_sod.observe.run_dir import RunDir, versions
 from megatron_sod.observe.telemetry import Telemetry
 from megatron_sod.observe.watchdog import Watchdog
 from megatron_sod.parallel import state
-from megatron_sod.parallel.cpu import device
 from megatron_sod.parallel.lifetime import StopRequest, die_with_parent
 from megatron_sod.parallel.watch import Watch
 from megatron_sod.reshard.canary import canary_sequences, trainer_logprobs
@@ -45,7 +42,7 @@ from megatron_sod.rollout.ray_instance import log_folder, stop_ray
 from megatron_sod.rollout.recording import Recording
 from megatron_sod.rollout.source import LiveRollouts, RecordedRollouts, Rollouts
 from megatron_sod.rollout.worker import make_chat
-from megatron_sod.scoring.teacher import Teacher
+from megatron_sod.scoring.teacher import Teacher, open_teacher
 from megatron_sod.train.checkpoint import Checkpoints, Description, Progress
 from megatron_sod.train.checkpoint_files import read_about
 from megatron_sod.train.trainable import Trainable
@@ -137,11 +134,11 @@ def open_session(config: SodConfig) -> Iterator[Session]:
             if config.eval.teacher and config.teacher and not _teacher_is_evaluated(run_dir):
                 teacher_controller = RolloutController(config, config.teacher, load_weights=True)
         student = Trainable(
-            _model(config.student, inputs.student, groups), inputs.student, config.train
+            load_model(config.student, inputs.student, groups), inputs.student, config.train
         )
         teacher = None
         if config.teacher is not None and inputs.teacher is not None and config.distill.coef > 0:
-            teacher = _teacher(config, inputs.teacher, groups)
+            teacher = open_teacher(config.teacher, config.student, inputs.teacher, groups)
         progress = Progress(0, 0, 0, 0, config_hash(config))
         if resume_from is not None:
             progress = checkpoints.load(student, resume_from)
@@ -243,38 +240,6 @@ class Inputs:
         PromptOrder(len(self.prompts), 0).draw(0, config.train.train_batch_size)
         if config.rollout.replay is not None:
             Recording(config.rollout.replay).check_complete(config.train.num_iterations)
-
-
-def _model(
-    model_config: ModelConfig, geometry: Geometry, groups: ProcessGroupCollection
-) -> PipelineModel:
-    model = build_model(geometry, model_config.parallel, groups, dtype=model_config.dtype)
-    if has_weights(model_config.path):
-        load_hf_weights(model, geometry, model_config.path)
-    return model
-
-
-def _teacher(
-    config: SodConfig, geometry: Geometry, student_groups: ProcessGroupCollection
-) -> Teacher:
-    """In the student's groups if its layout is the same, else in groups of its own."""
-    section, tp = config.teacher, student_groups.tp
-    assert section is not None
-    if section.parallel == config.student.parallel:
-        return Teacher(_model(section, geometry, student_groups), student_groups)
-    groups = state.further_groups(section.parallel)
-    with state.own_groups(groups):
-        model = _model(section, geometry, groups)
-    head = None
-    if state.is_last_stage(student_groups):
-        head = load_head(
-            geometry,
-            section.path,
-            tp_rank=tp.rank(),
-            tp_size=tp.size(),
-            dtype=model.config.params_dtype,
-        ).to(device())
-    return Teacher(model, student_groups, head)
 
 
 def _resume_from(config: SodConfig, checkpoints: Checkpoints) -> str | Path | None:

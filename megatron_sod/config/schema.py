@@ -64,6 +64,10 @@ class ModelConfig(Section):
         "another directory; null: the last component of `path`, lower case",
     )
     dtype: DType = Field("float32", description="parameters and computation")
+    recompute: Literal["none", "selective", "full"] = Field(
+        "none",
+        description="activations made again in the backward pass: of attention, or of whole layers",
+    )
     parallel: ParallelConfig = ParallelConfig()
 
 

@@ -165,6 +165,21 @@ def context_part(batch: MicroBatch, rank: int, size: int) -> MicroBatch:
     )
 
 
+def lengthened(batch: MicroBatch, num_tokens: int) -> MicroBatch:
+    """The same pack with a filler sequence up to `num_tokens` tokens."""
+    extra = num_tokens - batch.token_ids.size(1)
+    if extra == 0:
+        return batch
+    filler = torch.zeros(1, extra, dtype=torch.int64)
+    return replace(
+        batch,
+        token_ids=torch.cat([batch.token_ids, filler], 1),
+        position_ids=torch.cat([batch.position_ids, torch.arange(extra)[None]], 1),
+        cu_seqlens=torch.cat([batch.cu_seqlens, batch.cu_seqlens.new_tensor([num_tokens])]),
+        max_seqlen=max(batch.max_seqlen, extra),
+    )
+
+
 def without_rows(batch: MicroBatch) -> MicroBatch:
     """The same tokens with nothing to learn from them."""
     return replace(

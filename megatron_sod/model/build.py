@@ -61,6 +61,9 @@ def transformer_config(
         options |= dict(recompute_method="uniform", recompute_num_layers=1)
     if recompute != "none":
         options["recompute_granularity"] = recompute
+    if parallel.virtual_pipeline_model_parallel_size:
+        # Batched exchanges mix up a rank's two neighbours where two stages make them one rank.
+        options |= dict(overlap_p2p_comm=True, batch_p2p_comm=False)
     has_te = has_transformer_engine()
     return TransformerConfig(
         num_layers=geometry.num_layers,

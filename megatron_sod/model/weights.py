@@ -9,10 +9,12 @@ import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from megatron_sod.config.schema import ModelConfig
 from megatron_sod.convert.hf_files import HfTensors, write_hf_directory
 from megatron_sod.convert.layout import Segment, hf_shapes, segments_of, sharding_of
 from megatron_sod.convert.megatron_files import MegatronSource, is_megatron_checkpoint
 from megatron_sod.errors import ModelError
+from megatron_sod.model.build import build_model
 from megatron_sod.model.geometry import Geometry
 from megatron_sod.model.gpt import PipelineModel
 
@@ -32,6 +34,19 @@ def split_of(groups: ProcessGroupCollection) -> dict[str, int]:
 def has_weights(model_dir: str | Path) -> bool:
     """Whether the directory holds weights, or only a configuration to be initialised."""
     return any(Path(model_dir).glob("*.safetensors")) or is_megatron_checkpoint(model_dir)
+
+
+def load_model(
+    section: ModelConfig, geometry: Geometry, groups: ProcessGroupCollection
+) -> PipelineModel:
+    """This rank's part of the model a configuration section describes, with its weights; randomly
+    initialised where the directory holds none."""
+    model = build_model(
+        geometry, section.parallel, groups, dtype=section.dtype, recompute=section.recompute
+    )
+    if has_weights(section.path):
+        load_hf_weights(model, geometry, section.path)
+    return model
 
 
 def load_hf_weights(model: PipelineModel, geometry: Geometry, model_dir: str | Path) -> None:

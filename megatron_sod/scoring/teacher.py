@@ -12,13 +12,37 @@ import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from megatron_sod.config.schema import ModelConfig
 from megatron_sod.data.packing import without_rows
+from megatron_sod.model.geometry import Geometry
 from megatron_sod.model.gpt import PipelineModel
+from megatron_sod.model.weights import load_head, load_model
+from megatron_sod.parallel import state
 from megatron_sod.parallel.context import whole_rows
 from megatron_sod.parallel.cpu import device
-from megatron_sod.parallel.state import is_last_stage
 from megatron_sod.train.schedule import forward_only
 from megatron_sod.types import MicroBatch
+
+
+def open_teacher(
+    section: ModelConfig,
+    student: ModelConfig,
+    geometry: Geometry,
+    student_groups: ProcessGroupCollection,
+) -> Teacher:
+    """The teacher of a configuration: in the student's groups if its layout is the same, else in
+    groups of its own. A collective over all ranks."""
+    if section.parallel == student.parallel:
+        return Teacher(load_model(section, geometry, student_groups), student_groups)
+    groups, tp, head = state.further_groups(section.parallel), student_groups.tp, None
+    with state.own_groups(groups):
+        model = load_model(section, geometry, groups)
+    if state.is_last_stage(student_groups):
+        dtype = model.config.params_dtype
+        head = load_head(
+            geometry, section.path, tp_rank=tp.rank(), tp_size=tp.size(), dtype=dtype
+        ).to(device())
+    return Teacher(model, student_groups, head)
 
 
 class Teacher:
@@ -94,7 +118,7 @@ class _Routes:
     """Who sends the rows of which micro-batch to whom."""
 
     def __init__(self, student: ProcessGroupCollection, teacher: ProcessGroupCollection):
-        mine = [_Place(is_last_stage(g), g.dp.rank()) for g in (student, teacher)]
+        mine = [_Place(state.is_last_stage(g), g.dp.rank()) for g in (student, teacher)]
         places: list = [None] * dist.get_world_size()
         dist.all_gather_object(places, mine)
         self._student: list[_Place] = [place[0] for place in places]

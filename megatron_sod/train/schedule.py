@@ -15,7 +15,7 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 
-from megatron_sod.data.packing import context_part, without_rows
+from megatron_sod.data.packing import context_part, lengthened, without_rows
 from megatron_sod.model.gpt import PipelineModel
 from megatron_sod.parallel.cpu import device
 from megatron_sod.parallel.state import own_groups
@@ -48,6 +48,10 @@ def forward_only(
 
 def _run(model: PipelineModel, micro_batches, fn, *, forward_only: bool) -> list[Any]:
     groups = model.pg_collection
+    if len(model.runnable) > 1:
+        # Megatron's exchange of lengths confuses a rank's two neighbours where they are one rank.
+        longest = max(batch.token_ids.size(1) for batch in micro_batches)
+        micro_batches = [lengthened(batch, longest) for batch in micro_batches]
     local = [context_part(batch, groups.cp.rank(), groups.cp.size()) for batch in micro_batches]
     padded = local + _fillers(model, local)
 
@@ -76,11 +80,17 @@ def _run(model: PipelineModel, micro_batches, fn, *, forward_only: bool) -> list
 
 
 def _fillers(model: PipelineModel, batches: list[MicroBatch]) -> list[MicroBatch]:
-    """Micro-batches without rows that round the number up to what an interleaved pipeline needs, a
-    multiple of its stages."""
+    """Micro-batches without rows that round the number up to what an interleaved pipeline needs.
+
+    A multiple of its stages, and two of them: with fewer the first stage runs all its forward
+    passes as warm-up, and Megatron's exchange of lengths then waits for a gradient that can only
+    come after it.
+    """
     if len(model.runnable) == 1:
         return []
-    return [without_rows(batches[0])] * (-len(batches) % model.pg_collection.pp.size())
+    stages = model.pg_collection.pp.size()
+    wanted = max(2 * stages, -(-len(batches) // stages) * stages)
+    return [without_rows(batches[0])] * (wanted - len(batches))
 
 
 def _finish(fn, batch: MicroBatch, number: int, hidden: torch.Tensor, non_loss_data: bool = False):
