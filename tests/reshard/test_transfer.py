@@ -59,7 +59,7 @@ LAYOUTS = {
     "untied-tp1": ("qwen3_untied", {}, 1, "shared_memory"),
     "tied-tp2": ("qwen3", {}, 2, "auto"),
     "untied-tp2-p2p": ("qwen3_untied", {}, 2, "p2p"),
-    "experts-tp1": ("qwen3_moe", {}, 1, "auto"),
+    "experts-tp1": ("qwen3_moe", {"sequence_parallel": True}, 1, "auto"),
     "experts-tp2-ep2": (
         "qwen3_moe",
         {"expert_model_parallel_size": 2, "expert_tensor_parallel_size": 1,
