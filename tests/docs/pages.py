@@ -9,11 +9,12 @@ A fenced bash block is run as written unless the line above it says otherwise:
 from __future__ import annotations
 
 import re
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-_BLOCK = re.compile(r"(?:<!-- (?P<mark>[^\n]*?) -->\n)?```bash\n(?P<body>.*?)```", re.DOTALL)
+_BLOCK = re.compile(r"(?:<!-- (?P<mark>[^\n]*?) -->\n)?[ ]*```bash\n(?P<body>.*?)```", re.DOTALL)
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
 _MARK = re.compile(r"needs: (gpu|docker|cluster)|takes: \d+ min, run \d{4}-\d{2}-\d{2}|example")
 
@@ -46,7 +47,8 @@ def blocks() -> list[Block]:
     for page in pages():
         name = str(page.relative_to(ROOT))
         found += [
-            Block(name, m["mark"] or "", m["body"]) for m in _BLOCK.finditer(page.read_text())
+            Block(name, m["mark"] or "", textwrap.dedent(m["body"]))
+            for m in _BLOCK.finditer(page.read_text())
         ]
     return found
 
