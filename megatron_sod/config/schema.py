@@ -31,17 +31,23 @@ class ClusterConfig(Section):
 
 
 class ParallelConfig(Section):
-    tensor_model_parallel_size: int = Field(1, gt=0)
-    pipeline_model_parallel_size: int = Field(1, gt=0)
+    tensor_model_parallel_size: int = Field(1, gt=0, description="ranks each layer is split over")
+    pipeline_model_parallel_size: int = Field(
+        1, gt=0, description="stages the layers are split into"
+    )
     virtual_pipeline_model_parallel_size: int | None = Field(
         None, gt=1, description="model chunks per pipeline rank (interleaved schedule)"
     )
-    context_parallel_size: int = Field(1, gt=0)
-    expert_model_parallel_size: int = Field(1, gt=0)
+    context_parallel_size: int = Field(1, gt=0, description="ranks each sequence is split over")
+    expert_model_parallel_size: int = Field(
+        1, gt=0, description="ranks the experts are split over (MoE)"
+    )
     expert_tensor_parallel_size: int | None = Field(
         None, gt=0, description="split of each expert; null: as tensor_model_parallel_size"
     )
-    sequence_parallel: bool = False
+    sequence_parallel: bool = Field(
+        False, description="split activations between layers over the tensor-parallel ranks"
+    )
 
     @property
     def expert_tp_size(self) -> int:
@@ -113,12 +119,12 @@ class StepWeightConfig(Section):
 class WithdrawConfig(Section):
     start_iteration: int = Field(ge=0, description="last iteration at the full distill.coef")
     end_iteration: int = Field(gt=0, description="first iteration at final_coef; linear between")
-    final_coef: float = Field(0.0, ge=0)
+    final_coef: float = Field(0.0, ge=0, description="`distill.coef` from then on")
 
 
 class DistillConfig(Section):
     loss: Literal["sampled_advantage", "sampled_separate", "reverse_kl", "forward_kl", "jsd"] = (
-        "sampled_advantage"
+        Field("sampled_advantage", description="the distillation term; see docs/mathematics.md")
     )
     coef: float = Field(1.0, ge=0, description="weight of the distillation term")
     jsd_beta: float = Field(0.5, gt=0, lt=1, description="teacher share of the JSD mixture")
@@ -148,8 +154,8 @@ class DataConfig(Section):
 
 
 class EngineConfig(Section):
-    tensor_parallel_size: int = Field(1, gt=0)
-    num_engines: int = Field(1, gt=0)
+    tensor_parallel_size: int = Field(1, gt=0, description="GPUs (on CPU: processes) of one engine")
+    num_engines: int = Field(1, gt=0, description="vLLM engines")
     gpu_memory_utilization: float = Field(0.75, gt=0, le=1, description="GPU only")
     kv_cache_gb: float = Field(0.25, gt=0, description="CPU only: gigabytes of KV cache")
     max_num_seqs: int = Field(64, gt=0, description="sequences decoded together")
@@ -158,7 +164,9 @@ class EngineConfig(Section):
     )
     quantization: str | None = Field(None, description="not supported yet: fp8 and the like")
     lora_rank: int | None = Field(None, gt=0, description="not supported yet")
-    start_timeout_s: float = Field(300, gt=0)
+    start_timeout_s: float = Field(
+        300, gt=0, description="seconds until engines and workers must answer"
+    )
     py_executable: str | None = Field(
         None,
         description="Python of the engines' own environment, same minor version and Ray as the "
@@ -167,9 +175,11 @@ class EngineConfig(Section):
 
 
 class RolloutConfig(Section):
-    placement: Literal["colocated", "disaggregated"] = "colocated"
+    placement: Literal["colocated", "disaggregated"] = Field(
+        "colocated", description="whether engines share the trainers' GPUs"
+    )
     num_generations: int = Field(16, gt=1, description="trajectories per prompt (the group)")
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(1.0, gt=0, description="of sampling, scoring and the loss")
     max_turns: int = Field(16, gt=0, description="assistant turns per trajectory")
     max_tool_calls_per_turn: int = Field(1, gt=0, description="further calls are answered, not run")
     max_prompt_length: int = Field(2560, gt=0, description="tokens")
@@ -214,12 +224,14 @@ class RolloutConfig(Section):
 
 
 class SandboxConfig(Section):
-    kind: Literal["local", "sandbox_fusion"] = "local"
+    kind: Literal["local", "sandbox_fusion"] = Field(
+        "local", description="programs run on this machine, or by a service"
+    )
     url: list[str] = Field([], description="sandbox_fusion only: service addresses")
     level: str = Field("auto", description="isolation level: auto, L3, L2, L1, L0")
     allow_unsafe: bool = Field(False, description="permit L0: no isolation at all")
     timeout_s: float = Field(60, gt=0, description="wall time of one call")
-    memory_mb: int = Field(2048, gt=0)
+    memory_mb: int = Field(2048, gt=0, description="of one call, all its processes together")
     warm: bool = Field(True, description="fork calls from a parent that has imported `preload`")
     preload: list[str] = Field([], description="modules imported once by the warm parent")
     max_concurrency: int | None = Field(None, gt=0, description="calls at a time; null: by cores")
@@ -251,20 +263,24 @@ class RewardConfig(Section):
 
 
 class TrainConfig(Section):
-    num_iterations: int = Field(gt=0)
+    num_iterations: int = Field(gt=0, description="rounds of rollout and training")
     train_batch_size: int = Field(64, gt=0, description="prompts per iteration")
     ppo_mini_batch_size: int = Field(16, gt=0, description="prompts per optimizer step")
-    tokens_per_micro_batch: int = Field(23040, gt=0)
-    lr: float = Field(1e-6, ge=0)
+    tokens_per_micro_batch: int = Field(
+        23040, gt=0, description="packed tokens of one forward pass, at most"
+    )
+    lr: float = Field(1e-6, ge=0, description="AdamW's learning rate")
     lr_warmup_steps: int = Field(0, ge=0, description="optimizer steps over which lr rises from 0")
     lr_decay_style: Literal["constant", "linear"] = Field(
         "constant", description="linear: falls to 0 with the last optimizer step"
     )
-    weight_decay: float = Field(0.01, ge=0)
-    adam_beta1: float = Field(0.9, ge=0, lt=1)
-    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    weight_decay: float = Field(0.01, ge=0, description="AdamW; not on norms and biases")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW")
+    adam_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW")
     clip_grad: float = Field(1.0, gt=0, description="global gradient norm")
-    use_distributed_optimizer: bool = True
+    use_distributed_optimizer: bool = Field(
+        True, description="optimizer state is split over data-parallel ranks"
+    )
     save_interval: int = Field(10, gt=0, description="iterations")
     keep_last: int = Field(2, gt=0, description="checkpoints kept")
     eval_interval: int | None = Field(10, gt=0, description="iterations; null: only at the ends")
@@ -274,8 +290,10 @@ class TrainConfig(Section):
 
 class EvalConfig(Section):
     num_samples: int = Field(32, gt=0, description="trajectories per prompt")
-    temperature: float = Field(1.0, gt=0)
-    top_p: float = Field(0.6, gt=0, le=1)
+    temperature: float = Field(1.0, gt=0, description="of sampling")
+    top_p: float = Field(
+        0.6, gt=0, le=1, description="nucleus sampling; training always samples with 1"
+    )
     teacher: bool = Field(False, description="also evaluate the teacher, once, before training")
     seeds: list[int] = Field([0], min_length=1, description="tools/evaluate.py: repeated for each")
     limit: int | None = Field(None, gt=0, description="tools/evaluate.py: first so many prompts")
@@ -297,7 +315,9 @@ class WatchdogConfig(Section):
         3, gt=0, description="first iterations whose median the `share` bounds are relative to"
     )
     max_rollbacks: int = Field(2, ge=0, description="then pause")
-    warn_infra_error_rate: float | None = Field(0.01, ge=0, le=1)
+    warn_infra_error_rate: float | None = Field(
+        0.01, ge=0, le=1, description="share of trajectories"
+    )
     max_malformed_rate: float | None = Field(
         0.5, ge=0, le=1, description="malformed share of all tool calls"
     )
@@ -305,7 +325,9 @@ class WatchdogConfig(Section):
     min_response_length_share: float | None = Field(
         0.3, ge=0, description="tokens the student wrote per trajectory"
     )
-    max_response_length_share: float | None = Field(3.0, gt=0)
+    max_response_length_share: float | None = Field(
+        3.0, gt=0, description="as min_response_length_share"
+    )
     min_entropy_share: float | None = Field(0.1, ge=0, description="of the student, per token")
     max_grad_norm_ratio: float | None = Field(
         10.0, gt=0, description="against the median of the last 20 iterations"
@@ -337,12 +359,14 @@ class TransferConfig(Section):
     canary_tolerance: float = Field(
         1e-3, gt=0, description="nats; engine and trainer logprobs may differ by this on canaries"
     )
-    num_canary_tokens: int = Field(32, gt=1)
+    num_canary_tokens: int = Field(32, gt=1, description="tokens of each canary sequence")
 
 
 class ObserveConfig(Section):
     run_dir: str = Field("runs/{name}", description="{name} is replaced by `name`")
-    loggers: list[Literal["console", "jsonl", "tensorboard", "wandb"]] = ["console", "jsonl"]
+    loggers: list[Literal["console", "jsonl", "tensorboard", "wandb"]] = Field(
+        ["console", "jsonl"], description="where the metrics of each iteration go"
+    )
     project: str = Field("megatron_sod", description="wandb: the project runs are filed under")
     num_trajectories_kept: int = Field(8, ge=0, description="per iteration, for the report")
     stall_timeout_s: float = Field(
@@ -376,7 +400,7 @@ class PlanConfig(Section):
 
 class SodConfig(Section):
     name: str = Field("sod", description="names the run directory")
-    seed: int = 0
+    seed: int = Field(0, description="of data order, sampling and initialisation")
     cluster: ClusterConfig = ClusterConfig()
     student: ModelConfig
     teacher: TeacherConfig | None = Field(None, description="not needed by grpo")
@@ -414,15 +438,21 @@ class SftTrainConfig(Section):
     num_steps: int | None = Field(None, gt=0, description="optimizer steps; or give num_epochs")
     num_epochs: float | None = Field(None, gt=0, description="passes over the conversations")
     global_batch_size: int = Field(128, gt=0, description="conversations per optimizer step")
-    tokens_per_micro_batch: int = Field(32768, gt=0)
-    lr: float = Field(1e-5, ge=0)
-    min_lr_ratio: float = Field(0.0, ge=0, le=1)
-    warmup_ratio: float = Field(0.1, ge=0, lt=1)
-    weight_decay: float = Field(0.01, ge=0)
-    adam_beta1: float = Field(0.9, ge=0, lt=1)
-    adam_beta2: float = Field(0.95, ge=0, lt=1)
-    clip_grad: float = Field(1.0, gt=0)
-    use_distributed_optimizer: bool = True
+    tokens_per_micro_batch: int = Field(
+        32768, gt=0, description="packed tokens of one forward pass, at most"
+    )
+    lr: float = Field(1e-5, ge=0, description="highest learning rate")
+    min_lr_ratio: float = Field(0.0, ge=0, le=1, description="share of lr the cosine ends at")
+    warmup_ratio: float = Field(
+        0.1, ge=0, lt=1, description="share of the steps over which lr rises from 0"
+    )
+    weight_decay: float = Field(0.01, ge=0, description="AdamW; not on norms and biases")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW")
+    adam_beta2: float = Field(0.95, ge=0, lt=1, description="AdamW")
+    clip_grad: float = Field(1.0, gt=0, description="global gradient norm")
+    use_distributed_optimizer: bool = Field(
+        True, description="optimizer state is split over data-parallel ranks"
+    )
     log_interval: int = Field(10, gt=0, description="optimizer steps")
     save_interval: int = Field(50, gt=0, description="optimizer steps; needs run_dir")
     keep_last: int = Field(1, gt=0, description="checkpoints kept")
@@ -433,7 +463,7 @@ class SftDataConfig(Section):
     conversations: list[str] = Field(
         min_length=1, description="JSONL or Parquet with `messages`, or tiny_world:train:COUNT"
     )
-    tools_in_prompt: bool = True
+    tools_in_prompt: bool = Field(True, description="list the tools in a system turn")
     enable_thinking: bool = Field(
         False, description="as data.enable_thinking of the rollouts to come: same turn openings"
     )
@@ -444,8 +474,8 @@ class SftDataConfig(Section):
 
 
 class SftConfig(Section):
-    name: str = "sft"
-    seed: int = 0
+    name: str = Field("sft", description="names the run directory")
+    seed: int = Field(0, description="of data order, sampling and initialisation")
     cluster: ClusterConfig = ClusterConfig()
     student: ModelConfig
     data: SftDataConfig
