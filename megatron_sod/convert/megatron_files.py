@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,6 +37,7 @@ from megatron_sod.errors import CheckpointError
 from megatron_sod.model.geometry import Geometry
 
 _CONFIG = "metadata.json"
+_OPTIMIZER = re.compile(r"(chained_\d+\.)?optimizer\.")  # chained: experts have one of their own
 
 
 def is_megatron_checkpoint(directory: str | Path) -> bool:
@@ -82,7 +84,7 @@ class MegatronTensors:
             keys.add(stored.key)
         for key, entry in self._stored.items():
             is_weight = isinstance(entry, TensorStorageMetadata)
-            if is_weight and key not in keys and not key.startswith("optimizer."):
+            if is_weight and key not in keys and not _OPTIMIZER.match(key):
                 raise CheckpointError(
                     f"{self.directory}: it holds {key}, which a {geometry.family} model does not "
                     "have; weights and configuration belong to different models"
