@@ -15,7 +15,7 @@ from datetime import date
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-WARM_UP = 2  # iterations left out of the times: engines and allocators warm up
+WARM_UP = 2  # iterations left out of the times; so is the last, which rolls nothing out ahead
 
 
 def main() -> None:
@@ -45,7 +45,9 @@ def measure(seed: int, staleness: int, overrides: list[str]) -> dict:
     rows = [json.loads(line) for line in (ROOT / f"runs/{name}/metrics.jsonl").open()]
     summary = json.loads((ROOT / f"runs/{name}/summary.json").read_text())
     phases = ("rollout", "score", "train", "transfer", "record")
-    times = [sum(row.get(f"time/{p}_s", 0.0) for p in phases) for row in rows[WARM_UP:]]
+    times = [sum(row.get(f"time/{p}_s", 0.0) for p in phases) for row in rows[WARM_UP:-1]]
+    if not times:
+        sys.exit(f"{name}: {len(rows)} iterations; at least {WARM_UP + 2} are needed for a time")
     used = [row for row in rows if "actor/importance" in row]
     weights = ["-"] * 3
     if used:
