@@ -3,7 +3,7 @@
 python tools/convert_hf_to_megatron.py --hf DIR --out DIR [--tensor-model-parallel-size T ...]
 
 The checkpoint loads at every layout. The sizes given here decide how it is cut into files: one
-file holds what one rank of that layout reads, so loading at it is quickest.
+file holds what one rank of that layout owns; the checkpoint loads at any other layout as well.
 """
 
 import argparse
