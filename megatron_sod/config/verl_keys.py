@@ -176,8 +176,8 @@ NOWHERE: dict[str, str] = {
     "reward_model.reward_kwargs.overlong_buffer_cfg.log": "no counterpart",
     f"{_P}.hybrid_engine": "not needed: trainers and engines always share the job",
     f"{_P}.model.use_remove_padding": "not needed: sequences are always packed",
-    f"{_P}.model.enable_gradient_checkpointing": "no counterpart: activations are not recomputed; "
-    "lower train.tokens_per_micro_batch or raise tensor_model_parallel_size for memory",
+    f"{_P}.model.enable_gradient_checkpointing": "handled elsewhere: student.recompute, which "
+    "--dry-run says you need or not",
     f"{_P}.model.": "no counterpart",
     f"{_P}.actor.kl_loss_coef": "not needed: there is no KL loss beside the teacher's",
     f"{_P}.actor.kl_loss_type": "not needed: there is no KL loss beside the teacher's",

@@ -29,6 +29,7 @@ class PlannedModel:
     geometry: Geometry
     parallel: ParallelConfig
     dtype: str
+    recompute: str = "none"  # as student.recompute
 
     @property
     def element_bytes(self) -> int:
@@ -107,7 +108,9 @@ def job_of(config: SodConfig | SftConfig) -> Job:
 
 
 def _planned(model: ModelConfig) -> PlannedModel:
-    return PlannedModel(model.path, planned_geometry(model), model.parallel, model.dtype)
+    return PlannedModel(
+        model.path, planned_geometry(model), model.parallel, model.dtype, model.recompute
+    )
 
 
 def _workload(config: SodConfig) -> Workload:

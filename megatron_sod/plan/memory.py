@@ -201,7 +201,17 @@ def activation_bytes(model: PlannedModel, tokens: float, pp_rank: int) -> float:
     )
     in_flight = pp - pp_rank + ((pp - 1) / chunks if chunks else 0.0)
     layers = model.geometry.num_layers / pp
-    return in_flight * layers * tokens * layer_activation_elements(model) * model.element_bytes
+    return in_flight * layers * tokens * _kept_elements(model) * model.element_bytes
+
+
+def _kept_elements(model: PlannedModel) -> float:
+    """Of one token and layer until the backward pass; with full recomputation the layer's input."""
+    if model.recompute != "full":
+        return layer_activation_elements(model)
+    parallel = model.parallel
+    return model.geometry.hidden_size / (
+        parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+    )
 
 
 def layer_activation_elements(model: PlannedModel) -> float:

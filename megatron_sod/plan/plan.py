@@ -32,7 +32,8 @@ _REMEDIES = {
     "pipeline_model_parallel_size",
     "optimizer": "set train.use_distributed_optimizer, or raise cluster.num_nodes",
     "teacher": "raise teacher.parallel.tensor_model_parallel_size or pipeline_model_parallel_size",
-    "activations": "lower train.tokens_per_micro_batch, or raise student.parallel."
+    "activations": "set student.recompute=full, lower train.tokens_per_micro_batch, or raise "
+    "student.parallel."
     "tensor_model_parallel_size with sequence_parallel",
     "logits": "lower train.tokens_per_micro_batch, or raise student.parallel."
     "tensor_model_parallel_size",

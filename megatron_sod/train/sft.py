@@ -21,9 +21,8 @@ from megatron_sod.data.packing import PackItem, alignment_of, pack, plan_micro_b
 from megatron_sod.data.sources import load_conversations, tool_schemas
 from megatron_sod.data.tokenizer import load_tokenizer
 from megatron_sod.errors import DataError
-from megatron_sod.model.build import build_model
 from megatron_sod.model.geometry import load_geometry
-from megatron_sod.model.weights import export_hf, has_weights, load_hf_weights
+from megatron_sod.model.weights import export_hf, load_model
 from megatron_sod.observe.progress import progress, say
 from megatron_sod.observe.run_dir import versions
 from megatron_sod.ops import differentiable_divergence
@@ -42,9 +41,7 @@ def run_sft(config: SftConfig) -> dict[str, float]:
     items = _items(config)
     num_steps = _num_steps(config, len(items))
     geometry = load_geometry(config.student.path)
-    model = build_model(geometry, config.student.parallel, groups, dtype=config.student.dtype)
-    if has_weights(config.student.path):
-        load_hf_weights(model, geometry, config.student.path)
+    model = load_model(config.student, geometry, groups)
     trainable = Trainable(model, geometry, config.train)
     saver = _Saver(config, trainable)
     done = saver.resume()

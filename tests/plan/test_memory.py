@@ -10,8 +10,8 @@ import torch
 from megatron_sod.config.schema import ParallelConfig, SodConfig
 from megatron_sod.data.tiny_models import write_tiny_model
 from megatron_sod.plan.geometries import shipped_geometry
-from megatron_sod.plan.job import job_of
-from megatron_sod.plan.memory import logit_bytes, training_state
+from megatron_sod.plan.job import PlannedModel, job_of
+from megatron_sod.plan.memory import activation_bytes, logit_bytes, training_state
 from megatron_sod.plan.parameters import rank_parameters, total_parameters
 from megatron_sod.plan.roles import trainer_roles
 from tests.helpers.gloo import run_on_ranks
@@ -140,3 +140,14 @@ def test_experts_are_spread_over_expert_ranks_only():
     assert eight.dense == one.dense and eight.expert * 8 == one.expert
     # 48 layers x 128 experts x 3 matrices of 768 x 2048
     assert one.expert == 48 * 128 * 3 * 768 * 2048
+
+
+def test_full_recomputation_keeps_one_input_per_layer():
+    """Qwen3-0.6B: hidden 1024, 28 layers, bfloat16: 2 * 1024 * 28 bytes per token on one stage."""
+    geometry = shipped_geometry("qwen3-0.6b")
+    plain = PlannedModel("", geometry, ParallelConfig(), "bfloat16")
+    again = PlannedModel("", geometry, ParallelConfig(), "bfloat16", recompute="full")
+    assert activation_bytes(again, tokens=10, pp_rank=0) == 10 * 2 * 1024 * 28
+    assert activation_bytes(plain, tokens=10, pp_rank=0) > 10 * activation_bytes(
+        again, tokens=10, pp_rank=0
+    )
