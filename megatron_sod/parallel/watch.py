@@ -49,6 +49,7 @@ class Watch:
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
         self._store = _get_default_store().clone()  # type: ignore[attr-defined]
         self._interval_s = min(1.0, stall_timeout_s / 10)
+        self._started = time.time()  # by the clock files carry
         self._heard: dict[int, tuple[int, float]] = {}  # rank -> (beat, when it was first seen)
         self._texts: list[bytes] = []
         self._beat, self._last_line = 0, 0.0
@@ -171,8 +172,10 @@ class Watch:
             table = self._table()
             STATUS.fail()  # this rank's own end needs no message of the others
             self._publish()
-            is_reporter = self._rank == self._reporter(table, verdict)
             folder = self._run_dir / "stall"
+            is_reporter = self._rank == self._reporter(table, verdict)
+            # A rank that sees the reporter's own end must not report that as a loss.
+            is_reporter = is_reporter and not self._is_reported(folder / "ranks.txt")
             with contextlib.suppress(OSError):
                 self._write_stacks(folder)
                 if is_reporter:
@@ -189,6 +192,13 @@ class Watch:
             _kill_stopped(table, verdict.ranks)
             sys.stdout.flush()
             os._exit(1)
+
+    def _is_reported(self, table: Path) -> bool:
+        """Whether a rank of this job has said already why it ends."""
+        try:
+            return table.stat().st_mtime >= self._started
+        except OSError:
+            return False
 
     def _write_stacks(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)

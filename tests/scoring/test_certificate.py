@@ -65,7 +65,7 @@ def test_the_comparison_is_about_something(family):
     assert truth.num_micro_batches == 1 and measured["split"].num_micro_batches > 2
     assert all(float(grad.abs().max()) > 0 for grad in truth.gradients.values())
     steps = torch.cat([rows.T for rows in truth.steps.values()])
-    assert len(steps) > 15 and bool((steps[:, 0] > 0.01).all()) and len(steps[:, 1].unique()) > 5
+    assert len(steps) >= 15 and bool((steps[:, 0] > 0.01).all()) and len(steps[:, 1].unique()) > 5
 
 
 def test_scored_logprobs_are_those_of_the_two_models_on_disk(family):
@@ -75,7 +75,13 @@ def test_scored_logprobs_are_those_of_the_two_models_on_disk(family):
     from megatron_sod.data.synthetic import synthetic_trajectories
 
     _, models, tolerance, measured = family
-    readers = [AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64) for path in models]
+    readers = [
+        # its grouped products of experts know no float64
+        AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float64, experts_implementation="eager"
+        )
+        for path in models
+    ]
     found = measured["sampled_advantage"].logprobs
     for trajectory in synthetic_trajectories(3, 3, vocab_size=384, seed=5):
         if not trajectory.is_valid:
