@@ -51,7 +51,7 @@ def _entry(name: str, found: object) -> str:
         signature = str(inspect.signature(found))  # type: ignore[arg-type]
     except ValueError:
         signature = "(...)"
-    return f"### {name}\n\n```python\n{name}{signature}\n```\n\n```text\n{text}\n```\n"
+    return f"### {name}\n\n```text\n{name}{signature}\n\n{text}\n```\n"
 
 
 if __name__ == "__main__":
