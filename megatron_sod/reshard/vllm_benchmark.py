@@ -62,7 +62,7 @@ def main() -> None:
 
 
 def _write_model(directory: Path, preset: str) -> None:
-    """config.json and random bfloat16 weights; the engine starts from random ones of its own."""
+    """config.json and random bfloat16 weights, which trainer and engine start from."""
     import torch
     from safetensors.torch import save_file
 

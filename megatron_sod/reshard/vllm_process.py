@@ -75,7 +75,7 @@ def _serve(pipe, path: str, tp: int, dtype: Any) -> None:
         dtype=dtype,
         max_model_len=64,
         max_num_seqs=4,
-        load_format="dummy",
+        load_format="auto",  # a reload wants the format of the first load
         enforce_eager=True,
         tensor_parallel_size=tp,
         weight_transfer_config=WeightTransferConfig(backend="megatron_sod"),
