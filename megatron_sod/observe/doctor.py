@@ -7,6 +7,7 @@ import importlib.util
 import os
 import platform
 import shutil
+import socket
 from dataclasses import dataclass
 
 MIN_SHARED_MEMORY_GB = 1.0
@@ -26,7 +27,7 @@ class Row:
 
 def examine(*, selfcheck_sandbox: bool = True) -> list[Row]:
     """Every row; about ten seconds with the sandbox's self-check."""
-    rows = [_python(), *_packages(), _op(), *_gpus(), *_host()]
+    rows = [_python(), *_packages(), _op(), *_gpus(), *_host(), *_ports()]
     return [*rows, *_sandbox(selfcheck_sandbox)]
 
 
@@ -76,7 +77,45 @@ def _gpus() -> list[Row]:
     names = {
         str(pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(i))) for i in range(count)
     }
-    return [Row("GPUs", "ok", f"{count} x {', '.join(sorted(names))}")]
+    links = sum(_num_links(pynvml, i) for i in range(count))
+    return [Row("GPUs", "ok", f"{count} x {', '.join(sorted(names))}"), _link_row(count, links)]
+
+
+def _num_links(nvml, index: int) -> int:
+    """NVLinks of one GPU that are up."""
+    handle, up = nvml.nvmlDeviceGetHandleByIndex(index), 0
+    for link in range(getattr(nvml, "NVML_NVLINK_MAX_LINKS", 18)):
+        try:
+            up += nvml.nvmlDeviceGetNvLinkState(handle, link) == 1
+        except nvml.NVMLError:
+            break  # this GPU has no such link
+    return up
+
+
+def _link_row(num_gpus: int, num_links: int) -> Row:
+    if num_gpus < 2 or num_links:
+        return Row("GPU links", "ok", f"{num_links} NVLinks up")
+    remedy = "GPUs talk over PCIe: prefer data or pipeline parallelism to tensor parallelism"
+    return Row("GPU links", "missing", "no NVLink", remedy)
+
+
+def _ports() -> list[Row]:
+    return [
+        _port("torchrun", "MASTER_PORT", 29500),
+        _port("Ray", "RAY_PORT", 6379),
+    ]
+
+
+def _port(what: str, variable: str, usual: int) -> Row:
+    """Whether the port that several nodes would meet at is free here."""
+    port = int(os.environ.get(variable, usual))
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            remedy = f"several nodes only: end what holds it, or set {variable}"
+            return Row(f"port {port}", "missing", f"{what}: {error.strerror}", remedy)
+    return Row(f"port {port}", "ok", f"free for {what}")
 
 
 def _host() -> list[Row]:
