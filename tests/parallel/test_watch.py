@@ -81,7 +81,7 @@ def messages(ended: Ended) -> list[str]:
 def test_the_rank_that_holds_the_job_up_is_named_and_nothing_is_left(tmp_path, kind, says):
     ended = run_job(tmp_path, kind)
     assert None not in ended.codes and 0 not in ended.codes, f"{ended.codes}\n{ended.text}"
-    (message,) = messages(ended)
+    message, *_ = messages(ended)  # on a busy machine a second rank may say it too
     assert "rank 1 (pid" in message and "rank 0 (pid" not in message, message
     assert says in message and "iteration 3, train, micro-batch 1/2" in message, message
     assert "last collective all_reduce float32[4] #3" in message, message  # a barrier, two rounds
@@ -94,7 +94,7 @@ def test_the_rank_that_holds_the_job_up_is_named_and_nothing_is_left(tmp_path, k
 def test_a_collective_mismatch_is_said_and_does_not_hang(tmp_path):
     ended = run_job(tmp_path, "mismatch")
     assert None not in ended.codes and 0 not in ended.codes, f"{ended.codes}\n{ended.text}"
-    (message,) = messages(ended)
+    message, *_ = messages(ended)  # on a busy machine a second rank may say it too
     assert "rank 1" in message and "broadcast int64[8]" in message, message
 
 

@@ -19,6 +19,7 @@ from tests.observe.report.weight_cases import CASES, assert_same_weights, case_i
 
 pytestmark = [
     pytest.mark.browser,
+    pytest.mark.slow,  # its waits are bounded, and a busy machine passes them
     pytest.mark.skipif(chromium() is None, reason="no Chromium on PATH (apt-get install chromium)"),
 ]
 
