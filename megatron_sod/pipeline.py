@@ -17,20 +17,17 @@ from megatron_sod.collapse import answer_alarms
 from megatron_sod.config.schema import SodConfig
 from megatron_sod.data.batch import build_training_batch
 from megatron_sod.data.packing import alignment_of
-from megatron_sod.eval.runner import EvalResult, evaluate
+from megatron_sod.held_out import evaluate_at_start, evaluate_if_due
+from megatron_sod.journal import log, record
 from megatron_sod.model.weights import export_hf
 from megatron_sod.observe.live_view import TrainingView, training_view
-from megatron_sod.observe.loggers import evaluation_scalars
-from megatron_sod.observe.metrics import credit_metrics, rollout_metrics
 from megatron_sod.observe.progress import say
-from megatron_sod.observe.records import local_records, merge_records
 from megatron_sod.observe.summary import finish_run
 from megatron_sod.observe.telemetry import merge_telemetry
 from megatron_sod.parallel.cpu import device
 from megatron_sod.parallel.share import from_rank0
 from megatron_sod.parallel.status import STATUS
 from megatron_sod.rollout.breaker import check_infrastructure
-from megatron_sod.rollout.fidelity import render_mismatch_fraction
 from megatron_sod.rollout.shaping import shape_rewards
 from megatron_sod.scoring.credit import assign_credit, distill_coef
 from megatron_sod.scoring.score import score
@@ -43,7 +40,6 @@ from megatron_sod.types import (
     MicroBatch,
     StepCredit,
     TokenCredit,
-    TokenScores,
     TrainingBatch,
     Trajectory,
 )
@@ -106,15 +102,15 @@ def run_iteration(session: Session) -> dict[str, float]:
         num_optimizer_steps=session.progress.num_optimizer_steps + len(batch.mini_batches),
     )
     with clock("record"):
-        metrics = _record(session, trajectories, batch, micro_batches, scores, credits, steps)
+        metrics = record(session, trajectories, batch, micro_batches, scores, credits, steps)
     metrics |= update_metrics
     with clock("eval"):
-        _evaluate_if_due(session)
+        evaluate_if_due(session)
     metrics |= merge_telemetry(session.telemetry.collect())
     metrics |= clock.seconds()
     # A checkpoint counts the iteration as done: its rows are on disk before, with what the save
     # before this one cost.
-    _log(session, metrics | {"time/save_s": session.last_save_s})
+    log(session, metrics | {"time/save_s": session.last_save_s})
     session.last_save_s = _save_if_due(session)
     answer_alarms(session, metrics, _transfer)
     return metrics
@@ -159,17 +155,7 @@ def _begin(session: Session) -> None:
     if session.config.rollout.replay is not None:
         say(f"replaying the rollouts in {session.config.rollout.replay}: no engine, no evaluation")
         return
-
-    def work() -> None:
-        if session.teacher_controller is not None:
-            session.teacher_controller.wait_until_ready("teacher engines")
-            _note(session, _evaluate(session, "teacher"))
-            session.teacher_controller.close()
-            session.teacher_controller = None
-        if session.progress.iteration == 0 and session.eval_prompts:
-            _note(session, _evaluate(session, "student"))
-
-    from_rank0(work, timeout_s=session.config.rollout.timeout_s)
+    evaluate_at_start(session)
 
 
 def _end(session: Session, *, wall_s: float) -> None:
@@ -251,50 +237,6 @@ def _teacher_micro_batches(batch: TrainingBatch) -> list[MicroBatch] | None:
     return [m for part in parts if part is not None for m in part] or None
 
 
-def _record(
-    session: Session,
-    trajectories: list[Trajectory],
-    batch: TrainingBatch,
-    micro_batches: list[MicroBatch],
-    scores: list[TokenScores],
-    credits: list[TokenCredit],
-    steps: StepCredit | None,
-) -> dict[str, float]:
-    local, rollout = None, session.config.rollout
-    if session.makes_records:
-        local = local_records(
-            batch,
-            micro_batches,
-            scores,
-            credits,
-            steps,
-            iteration=session.progress.iteration,
-            num_trajectories_kept=session.config.observe.num_trajectories_kept,
-            importance_cap=rollout.importance_cap if rollout.corrects_behaviour else None,
-        )
-    records = merge_records(local)
-    if records is None:
-        return {}
-    session.run_dir.write_steps(session.progress.iteration, records.step_rows)
-    for row in records.trajectory_rows:
-        session.run_dir.append("trajectories.jsonl", row)
-    assert session.rollouts is not None, "rank 0 has rollouts"
-    measured = rollout_metrics(trajectories, num_text_ids=len(session.tokenizer))
-    mismatch = render_mismatch_fraction(trajectories, session.tokenizer)
-    measured["rollout/render_mismatch_fraction"] = mismatch
-    if session.controller is not None:
-        measured |= session.controller.sandbox_metrics()
-    config, weight = session.config, session.config.distill.step_weight
-    credited = credit_metrics(
-        records,
-        cap=1 + weight.delta if weight.policy in ("sod", "running_clip") else None,
-        epsilon=weight.epsilon,
-        grpo_coef=config.grpo.coef,
-    )
-    credited["sod/distill_coef"] = distill_coef(config.distill, session.progress.iteration)
-    return measured | session.rollouts.metrics | credited
-
-
 def _save_if_due(session: Session) -> float:
     """Begin a checkpoint; the seconds training waited for it."""
     train, progress, begin = session.config.train, session.progress, time.monotonic()
@@ -308,57 +250,6 @@ def _save_if_due(session: Session) -> float:
         store = session.rollouts.store if session.rollouts else None
         session.checkpoints.save(session.student, progress, store)
     return time.monotonic() - begin
-
-
-def _evaluate_if_due(session: Session) -> None:
-    """Evaluate the student on time, and remember whether it is the best so far."""
-    train, iteration = session.config.train, session.progress.iteration
-    due = train.eval_interval and iteration % train.eval_interval == 0
-    due = due or iteration == train.num_iterations
-    if not session.eval_prompts or not due or session.config.rollout.replay is not None:
-        return
-
-    def work() -> float:
-        result = _evaluate(session, "student")
-        _note(session, result)
-        return result.success
-
-    success = from_rank0(work, timeout_s=session.config.rollout.timeout_s)
-    best = session.progress.best_success
-    if best is None or success > best:
-        session.progress = replace(session.progress, best_success=success, best_iteration=iteration)
-
-
-def _evaluate(session: Session, model: str) -> EvalResult:
-    controller = session.teacher_controller if model == "teacher" else session.controller
-    assert controller is not None
-    return evaluate(
-        controller,
-        session.eval_prompts,
-        session.config,
-        model=model,
-        iteration=session.progress.iteration,
-    )
-
-
-def _note(session: Session, result: EvalResult) -> None:
-    session.run_dir.append("evals.jsonl", result.as_dict())
-    for logger in session.loggers:
-        logger.log(result.iteration, evaluation_scalars(result.as_dict()))
-    low, high = result.interval
-    session.view.evaluated(result.model, result.success, result.interval)
-    say(
-        f"{result.model} after iteration {result.iteration}: success {result.success:.1%} "
-        f"[{low:.1%}, {high:.1%}] on {result.num_prompts} held-out tasks"
-    )
-
-
-def _log(session: Session, metrics: dict[str, float]) -> None:
-    if session.is_main:
-        row = {"iteration": session.progress.iteration, **metrics}
-        session.run_dir.append("metrics.jsonl", row)
-        for logger in session.loggers:
-            logger.log(session.progress.iteration, row)
 
 
 class _Clock:

@@ -42,6 +42,8 @@ LEVELS = {
     "plan": 4,
     "session": 4,
     "collapse": 5,
+    "held_out": 5,
+    "journal": 5,
     "pipeline": 5,
     "command_line": 5,
 }
