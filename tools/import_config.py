@@ -6,14 +6,12 @@ python tools/import_config.py actor_rollout_ref.rollout.n=16 data.train_batch_si
 
 import argparse
 import sys
-import tempfile
 from pathlib import Path
 
 from megatron_sod.command_line import user_errors
-from megatron_sod.config.import_verl import Imported, import_verl
-from megatron_sod.config.load import load_config
+from megatron_sod.config.import_account import account, check_loads, source_text
+from megatron_sod.config.import_verl import import_verl
 from megatron_sod.config.verl_script import read_script
-from megatron_sod.errors import ConfigError
 
 
 def main() -> None:
@@ -33,7 +31,7 @@ def main() -> None:
     with user_errors():
         variables = dict(pair.split("=", 1) for pair in arguments.variable)
         imported = import_verl(
-            read_script(_text(arguments.source), variables), num_prompts=arguments.num_prompts
+            read_script(source_text(arguments.source), variables), num_prompts=arguments.num_prompts
         )
         for pair in arguments.set:
             key, _, value = pair.partition("=")
@@ -43,43 +41,8 @@ def main() -> None:
             Path(arguments.out).write_text(text)
         else:
             print(text, end="")
-        say_account(imported)
-        check(text)
-
-
-def _text(source: list[str]) -> str:
-    if len(source) == 1 and "=" not in source[0]:
-        path = Path(source[0])
-        if not path.is_file():
-            raise ConfigError(f"{path}: no such script; give a file, or overrides as key=value")
-        return path.read_text()
-    return "\n".join(source)
-
-
-def say_account(imported: Imported) -> None:
-    """Where each key went, on standard error."""
-    lines = [f"{len(imported.carried)} keys carried over"]
-    lines += [f"  {theirs} -> {ours}" for theirs, ours in imported.carried.items()]
-    lines += [f"{len(imported.left)} keys not carried over"]
-    lines += [f"  {key}: {why}" for key, why in imported.left.items()]
-    lines += ["assumed", *(f"  {note}" for note in imported.assumed)]
-    print("\n".join(lines), file=sys.stderr)
-
-
-def check(text: str) -> None:
-    """Load the result as the trainer would.
-
-    Raises:
-        ConfigError: what is still to be set, all of it at once.
-    """
-    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
-        file.write(text)
-        file.flush()
-        try:
-            load_config(file.name)
-        except ConfigError as error:
-            problems = str(error).replace(file.name, "the result")
-            raise ConfigError(f"{problems}\nset the missing keys with --set KEY=VALUE") from error
+        print(account(imported), file=sys.stderr)
+        check_loads(text)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,100 @@
+"""A run has a row whatever became of it, with the numbers that explain its result.
+
+Layer: pure, over run folders written by hand; the runs themselves: `make methods-table`.
+"""
+
+import json
+
+import pytest
+
+from megatron_sod.errors import DataError
+from megatron_sod.eval import overlap
+from megatron_sod.eval.demo import METHODS, TABLES
+from megatron_sod.eval.demo_table import HEADER, run_cells, write_table
+
+TABLE = TABLES["methods"]
+
+
+def _write(run, metrics, evals, *, alarms=(), wall_s=None):
+    run.mkdir(parents=True)
+    for name, rows in (("metrics", metrics), ("evals", evals), ("alarms", alarms)):
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (run / f"{name}.jsonl").write_text(text)
+    (run / "config.yaml").write_text("train: {num_iterations: 12}\n")
+    if wall_s is not None:
+        last = {"student_after": evals[-1]["success"], "student_after_interval": [0.5, 0.75]}
+        (run / "summary.json").write_text(json.dumps({"wall_s": wall_s, **last}))
+
+
+def _metrics(count, **extra):
+    return [
+        {"iteration": i, "rollout/tool_calls_avg": float(i), "actor/student_entropy": 0.5,
+         "rollout/infra_error_rate": 0.25 if i == 1 else 0.0, "rollout/tokens": 100.0, **extra}
+        for i in range(1, count + 1)
+    ]  # fmt: skip
+
+
+def _eval(iteration, success, model="student"):
+    return {"model": model, "iteration": iteration, "success": success, "interval": [0.0, 1.0]}
+
+
+def _row(run) -> dict[str, str]:
+    return dict(zip(HEADER[1:], run_cells(run), strict=True))
+
+
+def test_a_complete_run_shows_what_it_reached_and_how(tmp_path):
+    evals = [_eval(0, 1.0, "teacher"), _eval(0, 0.25), _eval(10, 0.5), _eval(12, 0.75)]
+    metrics = _metrics(12, **{"sod/w_mean": 0.875, "sod/d_mean": 0.125})
+    _write(tmp_path / "run", metrics, evals, wall_s=61.4)
+    row = _row(tmp_path / "run")
+    assert row["before"].startswith("25.0%") and row["after"].startswith("75.0%")
+    assert (row["gain, points"], row["teacher"]) == ("+50.0", "100.0%")
+    assert row["tool calls"] == "3.00 -> 10.00"  # 1..5 and 8..12
+    assert (row["mean w_k"], row["d_k, nats"]) == ("0.88", "0.12 -> 0.12")
+    assert row["lost"] == "2.1%"  # a quarter of one iteration in twelve
+    assert (row["ended"], row["tokens"], row["wall, s"]) == ("complete", "1200", "61")
+
+
+def test_a_run_the_watchdog_stopped_says_where_and_why(tmp_path):
+    alarm = {"signal": "min_tool_calls_share", "since": 6, "iteration": 7}
+    _write(tmp_path / "run", _metrics(7), [_eval(0, 0.5)], alarms=[alarm])
+    row = _row(tmp_path / "run")
+    assert row["ended"] == "not complete: 7 of 12; min_tool_calls_share since 6"
+    assert (row["wall, s"], row["mean w_k"], row["iterations"]) == ("-", "-", "7")
+
+
+def test_alarms_and_rollbacks_of_a_complete_run_are_shown(tmp_path):
+    alarms = [{"signal": "min_step_weight", "since": 4, "iteration": 5},
+              {"iteration": 5, "back_to": 2}]  # fmt: skip
+    _write(tmp_path / "run", _metrics(12), [_eval(0, 0.5)], alarms=alarms, wall_s=9.0)
+    assert _row(tmp_path / "run")["ended"] == "complete; min_step_weight since 4; taken back to 2"
+
+
+def test_every_run_of_the_table_has_a_row(tmp_path):
+    (tmp_path / "docs").mkdir()
+    _write(tmp_path / "runs" / TABLE.run_name("grpo"), _metrics(3), [])
+    text = write_table(TABLE, tmp_path)
+    assert text == (tmp_path / "docs/methods_results.md").read_text()
+    rows = [line for line in text.splitlines() if line.startswith("|")][2:]
+    assert len(rows) == len(METHODS) and all(r.count("|") == len(HEADER) + 1 for r in rows)
+    assert sum("never started" in row for row in rows) == len(METHODS) - 1
+    (grpo,) = [row for row in rows if row.startswith("| GRPO |")]
+    assert "not complete: 3 of 12" in grpo
+
+
+def test_overlap_is_timed_without_warm_up_and_the_last_iteration(tmp_path):
+    times = [50.0, 50.0, 1.0, 2.0, 6.0, 90.0]
+    metrics = [{"time/rollout_s": t, "time/eval_s": 7.0, "actor/engine_gap": 0.0} for t in times]
+    metrics[3] |= {"actor/importance": 1.5, "actor/importance_max": 2.0}
+    metrics[3]["actor/importance_clipped"] = 0.25
+    _write(tmp_path / "run", metrics, [_eval(0, 0.5)], wall_s=9.0)
+    result = overlap.measured(tmp_path / "run", 0, 1)
+    assert result["s"] == 2.0 and result["cells"][-3:] == ["1.500", "2.00", "25.00%"]
+    results = {(0, 0): {**result, "s": 4.0}, (0, 1): result}
+    assert "1 over 0: 0.50 by seed" in overlap.table(results, [])[-1]
+
+
+def test_a_run_too_short_to_be_timed_is_refused(tmp_path):
+    _write(tmp_path / "run", [{"actor/engine_gap": 0.0}] * 3, [_eval(0, 0.5)], wall_s=9.0)
+    with pytest.raises(DataError, match="at least 4 are needed"):
+        overlap.measured(tmp_path / "run", 0, 0)
