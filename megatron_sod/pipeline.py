@@ -67,6 +67,7 @@ def run_iteration(session: Session) -> dict[str, float]:
     config, clock = session.config, _Clock(session.view)
     STATUS.iteration = iteration = session.progress.iteration + 1
     with clock("rollout"):
+        session.residency.hold()
         trajectories = _roll_out(session, iteration)
     batch = _training_batch(session, trajectories)
     micro_batches = [m for mini in batch.mini_batches for m in mini.micro_batches]
@@ -79,6 +80,7 @@ def run_iteration(session: Session) -> dict[str, float]:
             temperature=config.rollout.temperature,
             keep_teacher_hidden=config.distill.loss in EXACT_LOSSES,
             teacher_micro_batches=_teacher_micro_batches(batch),
+            hold=session.residency.hold,
         )
     credits: list[TokenCredit] = []
     steps: StepCredit | None = None
@@ -89,6 +91,7 @@ def run_iteration(session: Session) -> dict[str, float]:
             batch, micro_batches, scores, config, coef=coef, dp_group=session.groups.dp
         )
     with clock("train"):
+        session.residency.hold("student", "optimizer")
         update_metrics = update(session, batch, credits, scores)
     with clock("rollout"):
         _finish_ahead(session)
@@ -165,6 +168,7 @@ def _end(session: Session, *, wall_s: float) -> None:
     session.checkpoints.finish()
     if config.train.export_hf:
         student = session.student
+        session.residency.hold("student")
         export_hf(student.model, student.geometry, session.run_dir.hf, config.student.path)
     from_rank0(
         lambda: finish_run(session.run_dir, config, session.tokenizer, wall_s=wall_s),
@@ -208,6 +212,7 @@ def _transfer(session: Session, policy_version: int) -> dict[str, float]:
     """The student's weights into the engines, proven; nothing in a replay."""
     if session.sync is None:
         return {}
+    session.residency.hold("student")
     report = session.sync.transfer(policy_version)
     if session.is_main and report.canary_max_error is not None:
         session.run_dir.write_json("transfer.json", asdict(report))

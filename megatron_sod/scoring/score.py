@@ -6,6 +6,7 @@ states of those rows on the student's last stage; the student's pass applies bot
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields, replace
 
 import torch
@@ -28,6 +29,7 @@ def score(
     temperature: float,
     keep_teacher_hidden: bool = False,
     teacher_micro_batches: list[MicroBatch] | None = None,
+    hold: Callable[[str], None] | None = None,
 ) -> list[TokenScores]:
     """Scores of each micro-batch on the last pipeline stage; an empty list on other stages.
 
@@ -37,10 +39,14 @@ def score(
         keep_teacher_hidden: keep what the exact-KL losses need to apply the teacher's head again.
         teacher_micro_batches: what the teacher reads, if not the student's micro-batches; rows
             must agree one to one.
+        hold: called with the one of "teacher" and "student" whose turn on the device it is.
     """
+    hold = hold or _stay
     teacher_hidden: list[torch.Tensor] = []
     if teacher is not None:
+        hold("teacher")
         teacher_hidden = teacher.hidden_states(teacher_micro_batches or micro_batches)
+    hold("student")
     groups = student.pg_collection
 
     def rows_fn(hidden: torch.Tensor, batch: MicroBatch, number: int) -> TokenScores:
@@ -70,6 +76,10 @@ def score(
         return replace(whole, teacher_hidden=held if keep_teacher_hidden else None)
 
     return forward_only(student, micro_batches, rows_fn)
+
+
+def _stay(name: str) -> None:
+    """Every model is on the device anyway."""
 
 
 def _whole_scores(

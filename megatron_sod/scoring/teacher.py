@@ -6,6 +6,7 @@ its head split like the student's is applied there: [R, H] moves, never [R, V].
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,7 @@ from megatron_sod.model.weights import load_head, load_model
 from megatron_sod.parallel import state
 from megatron_sod.parallel.context import whole_rows
 from megatron_sod.parallel.cpu import device
+from megatron_sod.parallel.residency import Residency
 from megatron_sod.train.schedule import forward_only
 from megatron_sod.types import MicroBatch
 
@@ -71,6 +73,19 @@ class Teacher:
     def head_weight(self) -> torch.Tensor:
         """[V / TP of the student, H], on the student's last stage."""
         return self.model.head_weight() if self._head is None else self._head
+
+    def let_leave(self, residency: Residency) -> None:
+        """Let its parameters, "teacher", leave the device while they are idle; the head that
+        `head_weight` gives stays: the exact losses apply it in the update."""
+        residency.may_leave("teacher", self._body)
+
+    def _body(self) -> Iterator[torch.Tensor]:
+        kept = None
+        if self._head is None and state.is_last_stage(self._student_groups):
+            kept = self.head_weight().untyped_storage()
+        for parameter in self.model.parameters():
+            if parameter.untyped_storage() is not kept:
+                yield parameter
 
     def hidden_states(self, micro_batches: list[MicroBatch]) -> list[torch.Tensor]:
         """[R, H] for the rows of each of this rank's micro-batches; empty but on the student's last

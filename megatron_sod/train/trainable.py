@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 
 from megatron_sod.model.geometry import Geometry
 from megatron_sod.model.gpt import PipelineModel
+from megatron_sod.parallel.residency import Residency
 from megatron_sod.train.schedule import LossFn, forward_backward
 from megatron_sod.types import MicroBatch
 
@@ -65,6 +66,32 @@ class Trainable:
         config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
         config.finalize_model_grads_func = finalize_model_grads
         config.grad_scale_func = self.optimizer.scale_loss
+
+    def let_leave(self, residency: Residency, *, parameters: bool, optimizer: bool) -> None:
+        """Let parts leave the device while they are idle: "student", its parameters; "optimizer",
+        Adam's state, the float32 parameters and the gradients."""
+        if parameters:
+            residency.may_leave("student", self.model.parameters)
+        if optimizer:
+            residency.may_leave("optimizer", self._optimizer_tensors)
+            residency.may_leave("optimizer", self._gradients, keeps_content=False)
+
+    def _optimizer_tensors(self) -> Iterator[torch.Tensor]:
+        """All but the model's own parameters, of which a float32 optimizer holds views."""
+        own = {parameter.untyped_storage() for parameter in self.model.parameters()}
+        for part in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
+            if part.optimizer is None:  # of a rank that holds no such parameters
+                continue
+            held = [t for group in part.optimizer.param_groups for t in group["params"]]
+            held += [t for state in part.optimizer.state.values() for t in state.values()]
+            for tensor in held:
+                if isinstance(tensor, torch.Tensor) and tensor.untyped_storage() not in own:
+                    yield tensor
+
+    def _gradients(self) -> Iterator[torch.Tensor]:
+        for chunk in self.ddp_chunks:
+            for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):  # type: ignore[misc]
+                yield buffer.grad_data
 
     def set_lr(self, lr: float) -> None:
         """Learning rate of the next step."""
