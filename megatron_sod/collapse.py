@@ -83,7 +83,7 @@ def _last_good(session: Session, since: int) -> Path | None:
 
 def _roll_back(session: Session, good: Path, transfer: Callable[[Session, int], dict]) -> None:
     bad = session.progress
-    restored = session.checkpoints.load(session.student, good)
+    restored = session.load(good)
     session.progress = replace(
         restored, num_prompts_drawn=bad.num_prompts_drawn, policy_version=bad.policy_version + 1
     )
@@ -103,8 +103,7 @@ def _roll_back(session: Session, good: Path, transfer: Callable[[Session, int], 
 
 
 def _pause(session: Session, alarms: list[Alarm], since: int) -> None:
-    store = session.rollouts.store if session.rollouts else None
-    session.checkpoints.save(session.student, session.progress, store)
+    session.save()
     session.checkpoints.finish()
     raise WatchdogAlarm(
         f"iteration {session.progress.iteration}: training looks like it is collapsing: "

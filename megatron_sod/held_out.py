@@ -34,6 +34,7 @@ def evaluate_if_due(session: Session) -> None:
     due = due or iteration == train.num_iterations
     if not session.eval_prompts or not due or session.config.rollout.replay is not None:
         return
+    session.residency.hold()
 
     def work() -> float:
         result = _evaluate(session, "student")

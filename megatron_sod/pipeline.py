@@ -139,7 +139,7 @@ def _stop(session: Session) -> None:
     session.checkpoints.finish()
     latest = session.checkpoints.latest()
     if latest is None or iteration_of(latest) != session.progress.iteration:
-        session.checkpoints.save(session.student, session.progress)
+        session.save()
         session.checkpoints.finish()
     session.stop.obeyed()
     say(
@@ -252,8 +252,7 @@ def _save_if_due(session: Session) -> float:
         or progress.iteration == train.num_iterations
         or progress.best_iteration == progress.iteration
     ):
-        store = session.rollouts.store if session.rollouts else None
-        session.checkpoints.save(session.student, progress, store)
+        session.save()
     return time.monotonic() - begin
 
 

@@ -15,16 +15,10 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_sod.config.load import config_hash
 from megatron_sod.config.schema import SodConfig
-from megatron_sod.convert.megatron_files import is_megatron_checkpoint
-from megatron_sod.data.chat_parity import check_same_chat
 from megatron_sod.data.order import PromptOrder
-from megatron_sod.data.privileged import teacher_prompts
-from megatron_sod.data.sources import load_prompts
-from megatron_sod.data.tokenizer import load_tokenizer
-from megatron_sod.errors import ConfigError
-from megatron_sod.model.geometry import Geometry, layout_problems, load_geometry
-from megatron_sod.model.parity import check_same_vocabulary
-from megatron_sod.model.weights import has_weights, load_model
+from megatron_sod.inputs import Inputs
+from megatron_sod.model.geometry import Geometry
+from megatron_sod.model.weights import load_model
 from megatron_sod.observe import terminal
 from megatron_sod.observe.live_view import TrainingView
 from megatron_sod.observe.loggers import Logger, open_loggers
@@ -34,6 +28,7 @@ from megatron_sod.observe.telemetry import Telemetry
 from megatron_sod.observe.watchdog import Watchdog
 from megatron_sod.parallel import state
 from megatron_sod.parallel.lifetime import StopRequest, die_with_parent
+from megatron_sod.parallel.residency import Residency
 from megatron_sod.parallel.watch import Watch
 from megatron_sod.reshard.canary import canary_sequences, trainer_logprobs
 from megatron_sod.reshard.sync import WeightSync
@@ -41,10 +36,8 @@ from megatron_sod.rollout.controller import RolloutController
 from megatron_sod.rollout.ray_instance import log_folder, stop_ray
 from megatron_sod.rollout.recording import Recording
 from megatron_sod.rollout.source import LiveRollouts, RecordedRollouts, Rollouts
-from megatron_sod.rollout.worker import make_chat
 from megatron_sod.scoring.teacher import Teacher, open_teacher
 from megatron_sod.train.checkpoint import Checkpoints, Description, Progress
-from megatron_sod.train.checkpoint_files import read_about
 from megatron_sod.train.trainable import Trainable
 from megatron_sod.types import Prompt
 
@@ -57,6 +50,7 @@ class Session:
     groups: ProcessGroupCollection
     student: Trainable
     teacher: Teacher | None
+    residency: Residency
     prompts: list[Prompt]
     teacher_prompts: dict[str, list[int]] | None  # what a privileged teacher reads
     eval_prompts: list[Prompt]
@@ -89,6 +83,17 @@ class Session:
         groups = self.groups
         return self.is_last_stage and groups.tp.rank() == 0 and groups.cp.rank() == 0
 
+    def save(self) -> None:
+        """Begin a checkpoint of the present state. A collective over all trainer ranks."""
+        self.residency.hold("student", "optimizer")
+        store = self.rollouts.store if self.rollouts else None
+        self.checkpoints.save(self.student, self.progress, store)
+
+    def load(self, path: str | Path) -> Progress:
+        """Fill the student from a checkpoint. A collective over all trainer ranks."""
+        self.residency.hold("student", "optimizer")
+        return self.checkpoints.load(self.student, path)
+
 
 @contextlib.contextmanager
 def open_session(config: SodConfig) -> Iterator[Session]:
@@ -103,27 +108,14 @@ def open_session(config: SodConfig) -> Iterator[Session]:
         watch, stop = _watched(config, run_dir, closing)
         telemetry = Telemetry(config.observe.telemetry_interval_s)
         closing.callback(telemetry.close)
+        described = Description(config.model_dump(mode="json"), versions(), config.student.path)
         checkpoints = Checkpoints(
-            run_dir.checkpoints,
-            keep_last=config.train.keep_last,
-            description=Description(
-                config.model_dump(mode="json"), versions(), config.student.path
-            ),
+            run_dir.checkpoints, keep_last=config.train.keep_last, description=described
         )
         closing.callback(checkpoints.close)
         resume_from = _resume_from(config, checkpoints)
+        loggers = _open_folder(config, run_dir, closing, is_fresh=resume_from is None)
         controller = teacher_controller = None
-        loggers: list[Logger] = []
-        if dist.get_rank() == 0:
-            if resume_from is None:
-                run_dir.move_previous_aside()
-            run_dir.prepare(config)
-            loggers += open_loggers(config, run_dir.path)
-            for logger in loggers:
-                closing.callback(logger.close)
-        dist.barrier()  # the folder is the new run's own
-        log = run_dir.logs / f"rank_{dist.get_rank()}.log"
-        closing.enter_context(terminal.others_into(log))
         if dist.get_rank() == 0 and config.rollout.replay is None:
             closing.callback(stop_ray)
             closing.callback(lambda: terminal.keep_worker_logs(Path(log_folder()), run_dir.logs))
@@ -133,38 +125,28 @@ def open_session(config: SodConfig) -> Iterator[Session]:
             closing.callback(controller.close)
             if config.eval.teacher and config.teacher and not _teacher_is_evaluated(run_dir):
                 teacher_controller = RolloutController(config, config.teacher, load_weights=True)
-        student = Trainable(
-            load_model(config.student, inputs.student, groups), inputs.student, config.train
-        )
-        teacher = None
-        if config.teacher is not None and inputs.teacher is not None and config.distill.coef > 0:
-            teacher = open_teacher(config.teacher, config.student, inputs.teacher, groups)
-        progress = Progress(0, 0, 0, 0, config_hash(config))
-        if resume_from is not None:
-            progress = checkpoints.load(student, resume_from)
-            for line in checkpoints.changes_since(resume_from):
-                say(f"since the checkpoint: {line}")
+        residency = Residency()
+        student, teacher = _open_models(config, inputs, groups, residency)
         if controller is not None:
             controller.wait_until_ready("student engines")
         sync = None
+        residency.hold("student")
         if config.rollout.replay is None:
             sync = _weight_sync(config, student, inputs.student, controller)
             closing.callback(sync.close)
-        stop.install()
-        closing.callback(stop.uninstall)
-        closing.enter_context(watch.running())
-        yield Session(
+        session = Session(
             config=config,
             groups=groups,
             student=student,
             teacher=teacher,
+            residency=residency,
             prompts=inputs.prompts,
             teacher_prompts=inputs.teacher_prompts,
             eval_prompts=inputs.eval_prompts,
             run_dir=run_dir,
             checkpoints=checkpoints,
             stop=stop,
-            progress=progress,
+            progress=Progress(0, 0, 0, 0, config_hash(config)),
             tokenizer=inputs.tokenizer,
             sync=sync,
             telemetry=telemetry,
@@ -173,6 +155,51 @@ def open_session(config: SodConfig) -> Iterator[Session]:
             controller=controller,
             teacher_controller=teacher_controller,
         )
+        if resume_from is not None:
+            session.progress = session.load(resume_from)
+            for line in checkpoints.changes_since(resume_from):
+                say(f"since the checkpoint: {line}")
+        stop.install()
+        closing.callback(stop.uninstall)
+        closing.enter_context(watch.running())
+        yield session
+
+
+def _open_models(
+    config: SodConfig, inputs: Inputs, groups: ProcessGroupCollection, residency: Residency
+) -> tuple[Trainable, Teacher | None]:
+    """Student and teacher with their weights, each moved off before the next comes if asked."""
+    model = load_model(config.student, inputs.student, groups)
+    student, teacher = Trainable(model, inputs.student, config.train), None
+    student.let_leave(
+        residency,
+        parameters=config.train.param_offload,
+        optimizer=config.train.optimizer_offload,
+    )
+    residency.hold()
+    if config.teacher is not None and inputs.teacher is not None and config.distill.coef > 0:
+        teacher = open_teacher(config.teacher, config.student, inputs.teacher, groups)
+        if config.teacher.param_offload:
+            teacher.let_leave(residency)
+            residency.hold()
+    return student, teacher
+
+
+def _open_folder(
+    config: SodConfig, run_dir: RunDir, closing: contextlib.ExitStack, *, is_fresh: bool
+) -> list[Logger]:
+    """Make the run's folder its own; loggers on rank 0, a log file on the others."""
+    loggers: list[Logger] = []
+    if dist.get_rank() == 0:
+        if is_fresh:
+            run_dir.move_previous_aside()
+        run_dir.prepare(config)
+        loggers += open_loggers(config, run_dir.path)
+        for logger in loggers:
+            closing.callback(logger.close)
+    dist.barrier()  # the folder is the new run's own
+    closing.enter_context(terminal.others_into(run_dir.logs / f"rank_{dist.get_rank()}.log"))
+    return loggers
 
 
 def _watched(
@@ -186,60 +213,6 @@ def _watched(
     )
     closing.callback(watch.close)
     return watch, StopRequest(run_dir.path / "stop", say=terminal.last_word)
-
-
-class Inputs:
-    """Geometries, tokenizer and prompts, checked against each other and the configuration."""
-
-    def __init__(self, config: SodConfig):
-        if config.train.resume not in ("auto", "never"):
-            read_about(Path(config.train.resume))
-        self.student = load_geometry(config.student.path)
-        problems = layout_problems(self.student, config.student.parallel, "student")
-        self.tokenizer = load_tokenizer(config.student.path)
-        self.teacher: Geometry | None = None
-        if config.teacher is not None:
-            self.teacher = load_geometry(config.teacher.path)
-            problems += layout_problems(self.teacher, config.teacher.parallel, "teacher")
-            teacher_tokenizer = load_tokenizer(config.teacher.path)
-            check_same_vocabulary(self.student, self.teacher, self.tokenizer, teacher_tokenizer)
-            if config.teacher.source == "self" and not has_weights(config.teacher.path):
-                problems.append(
-                    f"teacher.source self: {config.student.path} holds no weights to copy; start "
-                    "from a trained model directory"
-                )
-            if config.eval.teacher and is_megatron_checkpoint(config.teacher.path):
-                problems.append(
-                    f"eval.teacher: engines cannot load the Megatron checkpoint "
-                    f"{config.teacher.path}; convert it with tools/convert_megatron_to_hf.py or "
-                    "set eval.teacher=false"
-                )
-        if problems:
-            raise ConfigError("\n".join(problems))
-        chat = make_chat(config, config.student.path)
-        if config.teacher is not None and not config.teacher.allow_template_mismatch:
-            teacher_path = config.teacher.path
-            check_same_chat(chat, lambda: make_chat(config, teacher_path))
-        data, rollout = config.data, config.rollout
-        options = dict(
-            prompt_key=data.prompt_key,
-            answer_key=data.answer_key,
-            hint_key=data.hint_key,
-            max_length=rollout.max_prompt_length,
-        )
-        self.prompts = load_prompts(data.train, chat, **options)  # type: ignore[arg-type]
-        self.teacher_prompts = None
-        if config.teacher is not None and config.teacher.privileged != "none":
-            self.teacher_prompts = teacher_prompts(
-                self.prompts,
-                chat,
-                config.teacher.privileged,
-                max_extra_length=config.teacher.max_privileged_length,
-            )
-        self.eval_prompts = load_prompts(data.eval, chat, **options) if data.eval else []  # type: ignore[arg-type]
-        PromptOrder(len(self.prompts), 0).draw(0, config.train.train_batch_size)
-        if config.rollout.replay is not None:
-            Recording(config.rollout.replay).check_complete(config.train.num_iterations)
 
 
 def _resume_from(config: SodConfig, checkpoints: Checkpoints) -> str | Path | None:

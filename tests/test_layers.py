@@ -41,6 +41,7 @@ LEVELS = {
     "observe": SIDE,
     "plan": 4,
     "session": 4,
+    "inputs": 4,
     "collapse": 5,
     "held_out": 5,
     "journal": 5,

@@ -28,7 +28,7 @@ def in_repository_root(monkeypatch):
 
 def open_inputs(*overrides: str):
     """What every rank checks before anything is started."""
-    from megatron_sod.session import Inputs
+    from megatron_sod.inputs import Inputs
 
     return Inputs(load_config(DEMO, list(overrides)))
 

@@ -81,6 +81,9 @@ class TeacherConfig(ModelConfig):
     max_privileged_length: int = Field(
         512, gt=0, description="tokens the privileged prompt may be longer; the text is cut to fit"
     )
+    param_offload: bool = Field(
+        False, description="waits in host memory while it does not score; its output head stays"
+    )
     allow_template_mismatch: bool = Field(
         False, description="accept a teacher whose chat template or thinking mode differs"
     )

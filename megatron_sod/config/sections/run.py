@@ -28,6 +28,12 @@ class TrainConfig(Section):
     use_distributed_optimizer: bool = Field(
         True, description="optimizer state is split over data-parallel ranks"
     )
+    param_offload: bool = Field(
+        False, description="the student waits in host memory during rollouts and teacher scoring"
+    )
+    optimizer_offload: bool = Field(
+        False, description="optimizer state waits in host memory outside the update; gradients go"
+    )
     save_interval: int = Field(10, gt=0, description="iterations")
     keep_last: int = Field(2, gt=0, description="checkpoints kept")
     eval_interval: int | None = Field(10, gt=0, description="iterations; null: only at the ends")
