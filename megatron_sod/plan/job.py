@@ -11,6 +11,7 @@ from megatron_sod.config.schema import (
     RolloutConfig,
     SftConfig,
     SodConfig,
+    TeacherConfig,
 )
 from megatron_sod.model.geometry import Geometry
 from megatron_sod.plan.geometries import planned_geometry
@@ -72,6 +73,7 @@ class Job:
     teacher: PlannedModel | None = None
     rollout: RolloutConfig | None = None
     keeps_teacher_hidden: bool = False  # exact losses apply the teacher's head again in training
+    offloaded: frozenset[str] = frozenset()  # of student, optimizer, teacher: on the host when idle
 
     @property
     def world_size(self) -> int:
@@ -104,7 +106,17 @@ def job_of(config: SodConfig | SftConfig) -> Job:
         teacher=_planned(teacher) if teacher else None,
         rollout=config.rollout,
         keeps_teacher_hidden=config.distill.loss in EXACT_LOSSES,
+        offloaded=_offloaded(config, teacher),
     )
+
+
+def _offloaded(config: SodConfig, teacher: TeacherConfig | None) -> frozenset[str]:
+    asked = {
+        "student": config.train.param_offload,
+        "optimizer": config.train.optimizer_offload,
+        "teacher": teacher is not None and teacher.param_offload,
+    }
+    return frozenset(part for part, is_asked in asked.items() if is_asked)
 
 
 def _planned(model: ModelConfig) -> PlannedModel:

@@ -14,6 +14,7 @@ from megatron_sod.config.schema import ParallelConfig
 from megatron_sod.plan.hardware import RESERVE_BYTES
 from megatron_sod.plan.job import Job, PlannedModel
 from megatron_sod.plan.parameters import rank_parameters, total_parameters
+from megatron_sod.plan.resident import head_bytes, is_apart, is_last, resident
 from megatron_sod.plan.roles import Role, data_parallel_size, expert_tensor_size
 
 PHASES = ("rollout", "score", "train", "transfer", "save")
@@ -40,13 +41,17 @@ def stage_of(role: Role) -> Stage:
 
 def stage_memory(job: Job, stage: Stage) -> dict[str, Components]:
     """[phase][component] bytes on the GPU of a rank of this stage; zeros left out."""
-    resident = _resident(job, stage)
-    phases = {
-        "rollout": resident,
-        "score": resident | _score(job, stage),
-        "train": resident | _train(job, stage),
-        "transfer": {**resident, "transfer buckets": _bucket(job)},
-        "save": {**resident, "checkpoint gather": _gather(job, stage)},
+    of_phase = {
+        "rollout": {},
+        "score": _score(job, stage),
+        "train": _train(job, stage),
+        "transfer": {"transfer buckets": _bucket(job)},
+        "save": {"checkpoint gather": _gather(job, stage)},
+    }
+    engine = engine_components(job, stage)
+    phases: dict[str, Components] = {
+        phase: resident(job, phase, stage.pp, stage.teacher_pp) | engine | more
+        for phase, more in of_phase.items()
     }
     if job.rollout is None:
         phases = {name: phases[name] for name in ("train", "save")}
@@ -54,52 +59,6 @@ def stage_memory(job: Job, stage: Stage) -> dict[str, Components]:
         phase: {name: round(size) for name, size in components.items() if size}
         for phase, components in phases.items()
     }
-
-
-def _resident(job: Job, stage: Stage) -> Components:
-    """Held in all phases: neither does the trainer offload, nor does a colocated engine sleep."""
-    weights, gradients, optimizer = training_state(job, stage.pp)
-    teacher = 0
-    if job.teacher is not None:
-        model = job.teacher
-        held = rank_parameters(model.geometry, model.parallel, stage.teacher_pp).total
-        teacher = held * model.element_bytes
-        if _is_apart(job) and _is_last(job.student, stage.pp):
-            teacher += _head_bytes(model, job.student)
-    reserve = RESERVE_BYTES if job.hardware.memory_bytes else 0
-    return {
-        "reserve": reserve,
-        "weights": weights,
-        "gradients": gradients,
-        "optimizer": optimizer,
-        "teacher": teacher,
-        **engine_components(job, stage),
-    }
-
-
-def training_state(job: Job, pp_rank: int) -> tuple[int, int, int]:
-    """(weights, gradients, optimizer) bytes of the student on one rank.
-
-    bfloat16 keeps float32 gradients and, sharded over data-parallel ranks by the distributed
-    optimizer, a float32 copy of the weights beside Adam's two moments.
-    """
-    model, world = job.student, job.world_size
-    held = rank_parameters(model.geometry, model.parallel, pp_rank)
-    is_half = model.dtype == "bfloat16"
-    gradient_bytes = 4 if is_half else model.element_bytes
-    state_bytes = 12 if is_half else 2 * model.element_bytes
-    if job.use_distributed_optimizer:
-        pp = model.parallel.pipeline_model_parallel_size
-        tp, ep = (
-            model.parallel.tensor_model_parallel_size,
-            model.parallel.expert_model_parallel_size,
-        )
-        dense_ranks = world // (tp * pp)
-        expert_ranks = world // (expert_tensor_size(model.parallel) * ep * pp)
-        optimizer = state_bytes * (held.dense / dense_ranks + held.expert / expert_ranks)
-    else:
-        optimizer = state_bytes * held.total
-    return held.total * model.element_bytes, held.total * gradient_bytes, round(optimizer)
 
 
 def _tokens(job: Job, model: PlannedModel) -> float:
@@ -117,10 +76,6 @@ def logit_bytes(job: Job, model: PlannedModel, rows: float) -> int:
     return round(rows * columns * model.element_bytes)
 
 
-def _is_last(model: PlannedModel, pp_rank: int) -> bool:
-    return pp_rank == model.parallel.pipeline_model_parallel_size - 1
-
-
 def _score(job: Job, stage: Stage) -> Components:
     models = [(job.student, stage.pp)]
     if job.teacher is not None:
@@ -128,7 +83,7 @@ def _score(job: Job, stage: Stage) -> Components:
     rows = _tokens(job, job.student)
     working = max(_working_set(model, _tokens(job, model)) for model, _ in models)
     components = {"activations": round(working)}
-    if _is_last(job.student, stage.pp):
+    if is_last(job.student, stage.pp):
         components["logits"] = sum(logit_bytes(job, model, rows) for model, _ in models)
         components["op buffers"] = _op_buffers(job, rows)
         components["scores"] = round(STATISTICS_BYTES * _rows_of_rank(job))
@@ -141,20 +96,15 @@ def _train(job: Job, stage: Stage) -> Components:
     kept = activation_bytes(model, _tokens(job, model), stage.pp)
     working = 2 * _working_set(model, _tokens(job, model))
     components = {"activations": round(kept + working)}
-    if _is_last(model, stage.pp):
+    if is_last(model, stage.pp):
         logits = logit_bytes(job, model, rows)
         if job.teacher is not None and job.keeps_teacher_hidden:
             logits += logit_bytes(job, job.teacher, rows)
             components["teacher hidden"] = _kept_hidden(job, job.student.parallel)
         components["logits"] = logits
-        components["op buffers"] = _op_buffers(job, rows) + _head_bytes(model, model)
+        components["op buffers"] = _op_buffers(job, rows) + head_bytes(model, model)
         components["scores"] = round(STATISTICS_BYTES * _rows_of_rank(job))
     return components
-
-
-def _is_apart(job: Job) -> bool:
-    """The teacher has a layout of its own; its hidden states travel to the student's last stage."""
-    return job.teacher is not None and job.teacher.parallel != job.student.parallel
 
 
 def _rows_of_rank(job: Job) -> float:
@@ -166,8 +116,8 @@ def _teacher_hidden(job: Job, stage: Stage) -> int:
     """Of all the iteration's loss rows: where they are made, and where the student's head is."""
     if job.teacher is None:
         return 0
-    at_student = _is_last(job.student, stage.pp)
-    at_teacher = _is_apart(job) and _is_last(job.teacher, stage.teacher_pp)
+    at_student = is_last(job.student, stage.pp)
+    at_teacher = is_apart(job) and is_last(job.teacher, stage.teacher_pp)
     kept = _kept_hidden(job, job.student.parallel) if at_student else 0
     return kept + (_kept_hidden(job, job.teacher.parallel) if at_teacher else 0)
 
@@ -182,14 +132,6 @@ def _kept_hidden(job: Job, parallel: ParallelConfig) -> int:
 def _op_buffers(job: Job, rows: float) -> int:
     tp = job.student.parallel.tensor_model_parallel_size
     return round(rows * (PARTIAL_SUMS_BYTES * (tp + 1) + STATISTICS_BYTES))
-
-
-def _head_bytes(model: PlannedModel, split_like: PlannedModel) -> int:
-    """A shard of an output head: the teacher's copy, or the student's gradient before it is added
-    to the gradient buffer."""
-    tp = split_like.parallel.tensor_model_parallel_size
-    rows = model.geometry.padded_vocab_size(tp) // tp
-    return rows * model.geometry.hidden_size * model.element_bytes
 
 
 def activation_bytes(model: PlannedModel, tokens: float, pp_rank: int) -> float:

@@ -20,6 +20,7 @@ from megatron_sod.plan.memory import (
     stage_memory,
     stage_of,
 )
+from megatron_sod.plan.resident import HELD_IN
 from megatron_sod.plan.roles import Role, engine_gpus, trainer_roles
 from megatron_sod.plan.simulate import IterationTimes, simulate
 from megatron_sod.plan.traffic import iteration_traffic
@@ -41,6 +42,14 @@ _REMEDIES = {
     "engine weights": "raise rollout.engine.tensor_parallel_size",
     "KV cache": "lower rollout.engine.gpu_memory_utilization",
     "checkpoint gather": "raise student.parallel.tensor_model_parallel_size",
+}
+
+# component -> (the part it leaves with, the key that lets it)
+_OFFLOAD_KEYS = {
+    "weights": ("student", "train.param_offload"),
+    "gradients": ("optimizer", "train.optimizer_offload"),
+    "optimizer": ("optimizer", "train.optimizer_offload"),
+    "teacher": ("teacher", "teacher.param_offload"),
 }
 
 
@@ -135,13 +144,21 @@ def _does_not_fit(job: Job, phase: str, where: str, components: Components) -> s
         (name for name in components if name in _REMEDIES), key=components.__getitem__, reverse=True
     )
     named = ", ".join(f"{name} {components[name] / GIB:.1f}" for name in largest[:3])
-    remedy = _REMEDIES[largest[0]]
+    remedy = _offload(job, phase, largest[0]) or _REMEDIES[largest[0]]
     if "KV cache" in components:
         remedy = _lower_utilization(job, components) or remedy
     return (
         f"{phase}: {where} needs {sum(components.values()) / GIB:.1f} GiB, a {job.hardware.name} "
         f"has {limit / GIB:.1f}; largest: {named} GiB; {remedy}"
     )
+
+
+def _offload(job: Job, phase: str, component: str) -> str | None:
+    """The key that moves the component to the host in this phase; None: none does, or it is set."""
+    part, key = _OFFLOAD_KEYS.get(component, ("", ""))
+    if not part or phase in HELD_IN[part] or part in job.offloaded:
+        return None
+    return f"set {key}=true"
 
 
 def _lower_utilization(job: Job, components: Components) -> str | None:

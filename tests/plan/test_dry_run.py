@@ -74,6 +74,18 @@ def test_a_sensible_configuration_fits(capsys):
                 "teacher": {"path": "models/Qwen3-32B", "dtype": "bfloat16"},
             },
             "transfer",
+            "set teacher.param_offload=true",
+        ),
+        (
+            {
+                "student": {"path": "models/Qwen3-4B", "dtype": "bfloat16"},
+                "teacher": {
+                    "path": "models/Qwen3-32B",
+                    "dtype": "bfloat16",
+                    "param_offload": True,
+                },
+            },
+            "score",
             "raise teacher.parallel.tensor_model_parallel_size",
         ),
         (

@@ -4,15 +4,19 @@ Layers: counting on paper, then Megatron on gloo ranks with a tiny model. What t
 shipped configurations are is left to test_shipped_plans.
 """
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from megatron_sod.config.load import load_config
 from megatron_sod.config.schema import ParallelConfig, SodConfig
 from megatron_sod.data.tiny_models import write_tiny_model
 from megatron_sod.plan.geometries import shipped_geometry
 from megatron_sod.plan.job import PlannedModel, job_of
-from megatron_sod.plan.memory import activation_bytes, logit_bytes, training_state
+from megatron_sod.plan.memory import PHASES, Stage, activation_bytes, logit_bytes, stage_memory
 from megatron_sod.plan.parameters import rank_parameters, total_parameters
+from megatron_sod.plan.resident import training_state
 from megatron_sod.plan.roles import trainer_roles
 from tests.helpers.gloo import run_on_ranks
 from tests.helpers.tiny import sod_config
@@ -151,3 +155,33 @@ def test_full_recomputation_keeps_one_input_per_layer():
     assert activation_bytes(plain, tokens=10, pp_rank=0) > 10 * activation_bytes(
         again, tokens=10, pp_rank=0
     )
+
+
+def _planned(train=None, teacher=None):
+    paper = Path(__file__).parents[2] / "configs/sod_qwen3-1.7b_qwen3-4b_1n8g_tp2.yaml"
+    given = [f"train.{key}=true" for key in train or ()]
+    given += ["teacher.param_offload=true"] if teacher else []
+    job = job_of(load_config(paper, given))
+    return stage_memory(job, Stage(0, 0, True))
+
+
+def test_what_waits_on_the_host_is_planned_only_where_it_is_held():
+    plain = _planned()
+    moved = _planned(train=("param_offload", "optimizer_offload"), teacher=True)
+    parts = ("weights", "gradients", "optimizer", "teacher")
+    held = {phase: [name for name in parts if moved[phase].get(name)] for phase in PHASES}
+    assert held["train"] == ["weights", "gradients", "optimizer", "teacher"]
+    assert held["rollout"] == ["teacher"], "the head the exact losses need"
+    assert held["transfer"] == ["weights", "teacher"]
+    assert held["save"] == held["train"]
+    head = 151_936 // 2 * 2560 * 2
+    assert moved["train"]["teacher"] == moved["rollout"]["teacher"] == pytest.approx(head, rel=0.01)
+    assert plain["rollout"]["teacher"] == moved["score"]["teacher"], "the teacher's pass is worse"
+    assert "weights" not in moved["score"]
+    assert moved["train"]["optimizer"] == plain["rollout"]["optimizer"]
+
+
+def test_gradients_leave_with_the_optimizer_and_the_student_alone_stays_for_scoring():
+    moved = _planned(train=("param_offload",))
+    assert moved["score"]["weights"] and moved["score"]["optimizer"]
+    assert "weights" not in moved["rollout"] and moved["rollout"]["gradients"]
