@@ -83,7 +83,7 @@ def test_pages_that_teach_have_commands():
 
 @pytest.fixture
 def installed_from_here():
-    """Targets that depend on `setup` install the clone; afterwards the environment is ours again."""
+    """Targets that depend on `setup` install the clone; this puts the environment back."""
     yield
     install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation"]
     subprocess.run([*install, "--editable", ROOT], check=True, timeout=600)
