@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -32,14 +32,15 @@ from megatron_sod.parallel.residency import Residency
 from megatron_sod.parallel.watch import Watch
 from megatron_sod.reshard.canary import canary_sequences, trainer_logprobs
 from megatron_sod.reshard.sync import WeightSync
-from megatron_sod.rollout.controller import RolloutController
-from megatron_sod.rollout.ray_instance import log_folder, stop_ray
 from megatron_sod.rollout.recording import Recording
 from megatron_sod.rollout.source import LiveRollouts, RecordedRollouts, Rollouts
 from megatron_sod.scoring.teacher import Teacher, open_teacher
 from megatron_sod.train.checkpoint import Checkpoints, Description, Progress
 from megatron_sod.train.trainable import Trainable
 from megatron_sod.types import Prompt
+
+if TYPE_CHECKING:
+    from megatron_sod.rollout.controller import RolloutController
 
 
 @dataclass
@@ -117,14 +118,7 @@ def open_session(config: SodConfig) -> Iterator[Session]:
         loggers = _open_folder(config, run_dir, closing, is_fresh=resume_from is None)
         controller = teacher_controller = None
         if dist.get_rank() == 0 and config.rollout.replay is None:
-            closing.callback(stop_ray)
-            closing.callback(lambda: terminal.keep_worker_logs(Path(log_folder()), run_dir.logs))
-            watch.on_abort.append(stop_ray)
-            stop.on_stop_now.append(stop_ray)
-            controller = RolloutController(config, config.student, load_weights=False)
-            closing.callback(controller.close)
-            if config.eval.teacher and config.teacher and not _teacher_is_evaluated(run_dir):
-                teacher_controller = RolloutController(config, config.teacher, load_weights=True)
+            controller, teacher_controller = _start_engines(config, run_dir, watch, stop, closing)
         residency = Residency()
         student, teacher = _open_models(config, inputs, groups, residency)
         if controller is not None:
@@ -163,6 +157,25 @@ def open_session(config: SodConfig) -> Iterator[Session]:
         closing.callback(stop.uninstall)
         closing.enter_context(watch.running())
         yield session
+
+
+def _start_engines(
+    config: SodConfig, run_dir: RunDir, watch: Watch, stop: StopRequest, closing
+) -> tuple[RolloutController, RolloutController | None]:
+    """The student's engines, and the teacher's if it is to be evaluated; they start meanwhile."""
+    from megatron_sod.rollout.controller import RolloutController  # a replay needs no Ray
+    from megatron_sod.rollout.ray_instance import log_folder, stop_ray
+
+    closing.callback(stop_ray)
+    closing.callback(lambda: terminal.keep_worker_logs(Path(log_folder()), run_dir.logs))
+    watch.on_abort.append(stop_ray)
+    stop.on_stop_now.append(stop_ray)
+    student = RolloutController(config, config.student, load_weights=False)
+    closing.callback(student.close)
+    teacher = None
+    if config.eval.teacher and config.teacher and not _teacher_is_evaluated(run_dir):
+        teacher = RolloutController(config, config.teacher, load_weights=True)
+    return student, teacher
 
 
 def _open_models(

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 from megatron_sod.config.schema import SodConfig
 from megatron_sod.eval.metrics import mean, wilson_interval
-from megatron_sod.rollout.controller import RolloutController
 from megatron_sod.types import Prompt, Trajectory
+
+if TYPE_CHECKING:
+    from megatron_sod.rollout.controller import RolloutController
 
 
 @dataclass(frozen=True)
