@@ -76,3 +76,52 @@ def _trajectory(rng, prompt: int, sample: int, prompt_ids: list[int], vocab_size
         reward=float(rng.random() < 0.5),
         policy_version=0,
     )
+
+
+def long_trajectories(
+    num_prompts: int,
+    num_generations: int,
+    *,
+    prompt_length: int,
+    mean_response_length: int,
+    vocab_size: int,
+    seed: int,
+) -> list[Trajectory]:
+    """Random tokens in the proportions of real rollouts, for timing.
+
+    Four assistant turns, a tenth of the response from the tool, log-normal lengths (standard
+    deviation of the logarithm 0.8): what `plan.*` assumes by default. Lengths in tokens.
+    """
+    rng = random.Random(seed)
+    trajectories = []
+    for prompt in range(num_prompts):
+        prompt_ids = [rng.randrange(vocab_size) for _ in range(prompt_length)]
+        for sample in range(num_generations):
+            length = mean_response_length * rng.lognormvariate(-0.32, 0.8)
+            turns = [max(1, round(0.225 * length))] * 4
+            gaps = [round(0.1 / 3 * length)] * 3 + [0]
+            step_ids = [
+                step
+                for number, (turn, gap) in enumerate(zip(turns, gaps, strict=True), start=1)
+                for step in [number] * turn + [0] * gap
+            ]
+            trajectories.append(
+                Trajectory(
+                    trajectory_id=f"p{prompt}/{sample}",
+                    prompt_id=f"p{prompt}",
+                    prompt_token_ids=prompt_ids,
+                    response_token_ids=[rng.randrange(vocab_size) for _ in step_ids],
+                    loss_mask=[step > 0 for step in step_ids],
+                    step_ids=step_ids,
+                    rollout_logprobs=[-1.0 if step else 0.0 for step in step_ids],
+                    policy_versions=[0 if step else -1 for step in step_ids],
+                    steps=tuple(
+                        Step(n, "ok" if n < 4 else "none", turn, int(n < 4))
+                        for n, turn in enumerate(turns, start=1)
+                    ),
+                    finish_reason="answer",
+                    reward=float(sample % 2),
+                    policy_version=0,
+                )
+            )
+    return trajectories
