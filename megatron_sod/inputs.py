@@ -13,7 +13,7 @@ from megatron_sod.data.sources import load_prompts
 from megatron_sod.data.tokenizer import load_tokenizer
 from megatron_sod.errors import ConfigError
 from megatron_sod.model.geometry import Geometry, layout_problems, load_geometry
-from megatron_sod.model.parity import check_same_vocabulary
+from megatron_sod.model.parity import check_same_vocabulary, shared_vocab_size
 from megatron_sod.model.weights import has_weights
 from megatron_sod.rollout.recording import Recording
 from megatron_sod.rollout.worker import make_chat
@@ -46,6 +46,7 @@ class Inputs:
                     f"{config.teacher.path}; convert it with tools/convert_megatron_to_hf.py or "
                     "set eval.teacher=false"
                 )
+        self.vocab_size = shared_vocab_size(self.student, self.teacher)  # ids with a probability
         if problems:
             raise ConfigError("\n".join(problems))
         chat = make_chat(config, config.student.path)

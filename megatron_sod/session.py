@@ -118,7 +118,9 @@ def open_session(config: SodConfig) -> Iterator[Session]:
         loggers = _open_folder(config, run_dir, closing, is_fresh=resume_from is None)
         controller = teacher_controller = None
         if dist.get_rank() == 0 and config.rollout.replay is None:
-            controller, teacher_controller = _start_engines(config, run_dir, watch, stop, closing)
+            controller, teacher_controller = _start_engines(
+                config, inputs, run_dir, watch, stop, closing
+            )
         residency = Residency()
         student, teacher = _open_models(config, inputs, groups, residency)
         if controller is not None:
@@ -160,7 +162,7 @@ def open_session(config: SodConfig) -> Iterator[Session]:
 
 
 def _start_engines(
-    config: SodConfig, run_dir: RunDir, watch: Watch, stop: StopRequest, closing
+    config: SodConfig, inputs: Inputs, run_dir: RunDir, watch: Watch, stop: StopRequest, closing
 ) -> tuple[RolloutController, RolloutController | None]:
     """The student's engines, and the teacher's if it is to be evaluated; they start meanwhile."""
     from megatron_sod.rollout.controller import RolloutController  # a replay needs no Ray
@@ -170,7 +172,9 @@ def _start_engines(
     closing.callback(lambda: terminal.keep_worker_logs(Path(log_folder()), run_dir.logs))
     watch.on_abort.append(stop_ray)
     stop.on_stop_now.append(stop_ray)
-    student = RolloutController(config, config.student, load_weights=False)
+    student = RolloutController(
+        config, config.student, load_weights=False, vocab_size=inputs.vocab_size
+    )
     closing.callback(student.close)
     teacher = None
     if config.eval.teacher and config.teacher and not _teacher_is_evaluated(run_dir):
@@ -183,6 +187,7 @@ def _open_models(
 ) -> tuple[Trainable, Teacher | None]:
     """Student and teacher with their weights, each moved off before the next comes if asked."""
     model = load_model(config.student, inputs.student, groups)
+    model.real_vocab_size = inputs.vocab_size
     student, teacher = Trainable(model, inputs.student, config.train), None
     student.let_leave(
         residency,
@@ -191,7 +196,10 @@ def _open_models(
     )
     residency.hold()
     if config.teacher is not None and inputs.teacher is not None and config.distill.coef > 0:
-        teacher = open_teacher(config.teacher, config.student, inputs.teacher, groups)
+        rows = inputs.student.vocab_size
+        teacher = open_teacher(
+            config.teacher, config.student, inputs.teacher, groups, vocab_size=rows
+        )
         if config.teacher.param_offload:
             teacher.let_leave(residency)
             residency.hold()
@@ -270,7 +278,7 @@ def _weight_sync(
     geometry: Geometry,
     controller: RolloutController | None,
 ) -> WeightSync:
-    canaries = canary_sequences(geometry.vocab_size, config.transfer.num_canary_tokens)
+    canaries = canary_sequences(student.model.real_vocab_size, config.transfer.num_canary_tokens)
     return WeightSync(
         student.model,
         geometry,

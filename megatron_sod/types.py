@@ -131,7 +131,8 @@ class TokenScores:
     teacher_logprobs: torch.Tensor | None  # [R]; None without a teacher
     teacher_entropy: torch.Tensor | None  # [R]
     reverse_kl: torch.Tensor | None  # [R] KL(student || teacher), exact over the vocabulary
-    teacher_hidden: torch.Tensor | None  # [R, H_teacher]; kept when the loss needs its logits
+    # [R, H_teacher] in host memory; kept when the loss needs its logits
+    teacher_hidden: torch.Tensor | None
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,8 @@ class PipelineModel(torch.nn.Module):
         *,
         real_vocab_size: int,
     ):
-        """`real_vocab_size`: vocabulary columns past it are padding."""
+        """`real_vocab_size`: vocabulary columns past it are padding. A run whose teacher has fewer
+        lowers it."""
         super().__init__()
         self.chunks = torch.nn.ModuleList(chunks)
         self.runnable: list[torch.nn.Module] = list(chunks)

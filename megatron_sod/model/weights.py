@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -37,43 +38,71 @@ def has_weights(model_dir: str | Path) -> bool:
 
 
 def load_model(
-    section: ModelConfig, geometry: Geometry, groups: ProcessGroupCollection
+    section: ModelConfig,
+    geometry: Geometry,
+    groups: ProcessGroupCollection,
+    *,
+    vocab_size: int | None = None,
 ) -> PipelineModel:
     """This rank's part of the model a configuration section describes, with its weights; randomly
-    initialised where the directory holds none."""
+    initialised where the directory holds none.
+
+    Args:
+        geometry: of the model directory.
+        vocab_size: vocabulary rows to hold instead of its own: further ones are left out, missing
+            ones are zero.
+    """
+    held = geometry if vocab_size is None else replace(geometry, vocab_size=vocab_size)
     model = build_model(
-        geometry, section.parallel, groups, dtype=section.dtype, recompute=section.recompute
+        held, section.parallel, groups, dtype=section.dtype, recompute=section.recompute
     )
     if has_weights(section.path):
-        load_hf_weights(model, geometry, section.path)
+        load_hf_weights(model, held, section.path, stored=geometry)
     return model
 
 
-def load_hf_weights(model: PipelineModel, geometry: Geometry, model_dir: str | Path) -> None:
+def load_hf_weights(
+    model: PipelineModel,
+    geometry: Geometry,
+    model_dir: str | Path,
+    *,
+    stored: Geometry | None = None,
+) -> None:
     """Fill this rank's parameters from a model directory.
 
     The directory holds safetensors, of which only the needed slices are read, or a Megatron
     distributed checkpoint of any layout. Padded vocabulary rows are set to zero.
 
+    Args:
+        stored: the directory's geometry, where its vocab_size is another than the model's.
     Raises:
         ModelError: a tensor is missing or has another shape than the geometry says.
         CheckpointError: the same of a distributed checkpoint.
     """
-    source, split = _Source(geometry, model_dir), split_of(model.pg_collection)
+    source, split = _Source(stored or geometry, model_dir), split_of(model.pg_collection)
     for name, parameter in model.global_parameters():
         source.fill(parameter, segments_of(name, geometry, **split))
 
 
 def load_head(
-    geometry: Geometry, model_dir: str | Path, *, tp_rank: int, tp_size: int, dtype: torch.dtype
+    geometry: Geometry,
+    model_dir: str | Path,
+    *,
+    vocab_size: int,
+    tp_rank: int,
+    tp_size: int,
+    dtype: torch.dtype,
 ) -> torch.Tensor:
     """[V / TP, H] one shard of the output head alone, on the host; padded rows are zero.
 
+    Args:
+        geometry, vocab_size: as in `load_model`.
     Raises: as `load_hf_weights`.
     """
-    rows = geometry.padded_vocab_size(tp_size) // tp_size
-    head = torch.empty(rows, geometry.hidden_size, dtype=dtype)
-    segments = segments_of("output_layer.weight", geometry, tp_rank=tp_rank, tp_size=tp_size)
+    held = replace(geometry, vocab_size=vocab_size)
+    rows = held.padded_vocab_size(tp_size) // tp_size
+    head = torch.empty(rows, held.hidden_size, dtype=dtype)
+    segments = segments_of("output_layer.weight", held, tp_rank=tp_rank, tp_size=tp_size)
     _Source(geometry, model_dir).fill(head, segments)
     return head
 
@@ -94,10 +123,13 @@ class _Source:
         parameter.zero_()
         for segment in segments:
             _check_shape(self._tensors, segment, self._shapes, self._model_dir)
-            source = self._tensors.read(
-                segment.hf_name, segment.dim, segment.hf_start, segment.length
-            )
-            parameter.narrow(segment.dim, segment.local_start, segment.length).copy_(source)
+            # Only a vocabulary can be shorter than what the model holds of it.
+            length = self._shapes[segment.hf_name][segment.dim] - segment.hf_start
+            length = min(segment.length, length)
+            if length <= 0:
+                continue
+            source = self._tensors.read(segment.hf_name, segment.dim, segment.hf_start, length)
+            parameter.narrow(segment.dim, segment.local_start, length).copy_(source)
 
 
 def _check_shape(tensors: HfTensors | MegatronSource, segment: Segment, shapes, model_dir) -> None:

@@ -58,6 +58,18 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
+def to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in host memory, which frees that of the device; itself where that is the same.
+
+    Pinned, and copied without waiting: work queued later on this stream (a copy back to the device)
+    finds it complete, the CPU only after a synchronisation.
+    """
+    if not tensor.is_cuda:
+        return tensor
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)
+
+
 class _TorchOnCpu(types.ModuleType):
     """`torch` as seen by one module: factories asked for "cuda" answer with CPU tensors.
 

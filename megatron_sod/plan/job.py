@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_sod.config.schema import (
     ClusterConfig,
@@ -31,6 +31,11 @@ class PlannedModel:
     parallel: ParallelConfig
     dtype: str
     recompute: str = "none"  # as student.recompute
+
+    def with_vocabulary_of(self, other: PlannedModel) -> PlannedModel:
+        """As a teacher is held: with as many vocabulary rows as the student."""
+        rows = other.geometry.vocab_size
+        return replace(self, geometry=replace(self.geometry, vocab_size=rows))
 
     @property
     def element_bytes(self) -> int:

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_sod.config.schema import ParallelConfig
 from megatron_sod.plan.hardware import RESERVE_BYTES
 from megatron_sod.plan.job import Job, PlannedModel
 from megatron_sod.plan.parameters import rank_parameters, total_parameters
 from megatron_sod.plan.resident import head_bytes, is_apart, is_last, resident
-from megatron_sod.plan.roles import Role, data_parallel_size, expert_tensor_size
+from megatron_sod.plan.roles import Role, expert_tensor_size
 
 PHASES = ("rollout", "score", "train", "transfer", "save")
 STATISTICS_BYTES = 64  # per row: what scoring and credit keep beside the logits
@@ -100,7 +99,7 @@ def _train(job: Job, stage: Stage) -> Components:
         logits = logit_bytes(job, model, rows)
         if job.teacher is not None and job.keeps_teacher_hidden:
             logits += logit_bytes(job, job.teacher, rows)
-            components["teacher hidden"] = _kept_hidden(job, job.student.parallel)
+            components["teacher hidden"] = _hidden_bytes(job, job.teacher)
         components["logits"] = logits
         components["op buffers"] = _op_buffers(job, rows) + head_bytes(model, model)
         components["scores"] = round(STATISTICS_BYTES * _rows_of_rank(job))
@@ -113,20 +112,19 @@ def _rows_of_rank(job: Job) -> float:
 
 
 def _teacher_hidden(job: Job, stage: Stage) -> int:
-    """Of all the iteration's loss rows: where they are made, and where the student's head is."""
+    """Of one micro-batch, where it is made and where the student's head is; those of the others
+    wait in host memory."""
     if job.teacher is None:
         return 0
     at_student = is_last(job.student, stage.pp)
     at_teacher = is_apart(job) and is_last(job.teacher, stage.teacher_pp)
-    kept = _kept_hidden(job, job.student.parallel) if at_student else 0
-    return kept + (_kept_hidden(job, job.teacher.parallel) if at_teacher else 0)
+    return (at_student + at_teacher) * _hidden_bytes(job, job.teacher)
 
 
-def _kept_hidden(job: Job, parallel: ParallelConfig) -> int:
-    """Teacher hidden states of one data-parallel rank's rows."""
-    assert job.teacher is not None, "there is a teacher"
-    rows = job.workload.rows / data_parallel_size(job.world_size, parallel)
-    return round(rows * job.teacher.geometry.hidden_size * job.teacher.element_bytes)
+def _hidden_bytes(job: Job, teacher: PlannedModel) -> int:
+    """Teacher hidden states of one whole micro-batch."""
+    rows = job.tokens_per_micro_batch
+    return rows * teacher.geometry.hidden_size * teacher.element_bytes
 
 
 def _op_buffers(job: Job, rows: float) -> int:

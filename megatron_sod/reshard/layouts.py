@@ -128,6 +128,7 @@ class EngineLayout:
     tp_size: int = 1
     num_engines: int = 1
     expert_parallel: bool = False
+    vocab_size: int | None = None  # rows the engines hold; None: all of the student's
 
     @property
     def num_destinations(self) -> int:
@@ -209,9 +210,10 @@ def _columns(name: str, rows: int, columns: int, rank: int) -> EngineTensor:
 
 
 def _vocabulary(name: str, geometry: Geometry, engine: EngineLayout, rank: int) -> EngineTensor:
-    padded = -(-geometry.vocab_size // VLLM_VOCAB_MULTIPLE) * VLLM_VOCAB_MULTIPLE
+    vocab_size = engine.vocab_size or geometry.vocab_size
+    padded = -(-vocab_size // VLLM_VOCAB_MULTIPLE) * VLLM_VOCAB_MULTIPLE
     rows = padded // engine.tp_size
-    length = min(rows, geometry.vocab_size - rank * rows)
+    length = min(rows, vocab_size - rank * rows)
     part = Segment(name, 0, rank * rows, 0, length)
     shape = (rows, geometry.hidden_size)
     return EngineTensor(name, shape, ((None, part),) if length > 0 else ())

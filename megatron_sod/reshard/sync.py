@@ -83,19 +83,24 @@ class WeightSync:
     def _vllm_sender(self, model: PipelineModel, geometry: Geometry):
         from megatron_sod.reshard.vllm_source import MegatronSource, VllmSender
 
-        workers = [self._control.layout.num_destinations if self._control else 0]
-        dist.broadcast_object_list(workers, src=0)
-        source = MegatronSource(model, geometry)
-        return VllmSender(self._config.backend, source, self._control, num_workers=workers[0])
+        layout = self._engine_layout()
+        source = MegatronSource(model, geometry, layout.vocab_size)
+        return VllmSender(
+            self._config.backend, source, self._control, num_workers=layout.num_destinations
+        )
 
-    def _agree(self, model: PipelineModel, geometry: Geometry) -> TransferSetup:
-        """The same setup on every rank; rank 0 knows the engines."""
+    def _engine_layout(self) -> EngineLayout:
+        """On every rank; rank 0 knows the engines."""
         holder: list = [self._control.layout if self._control else None]
         dist.broadcast_object_list(holder, src=0)
+        return holder[0]
+
+    def _agree(self, model: PipelineModel, geometry: Geometry) -> TransferSetup:
+        """The same setup on every rank."""
         return TransferSetup(
             geometry=geometry,
             trainer=trainer_layout(model),
-            engine=holder[0],
+            engine=self._engine_layout(),
             dtype=str(model.config.params_dtype).removeprefix("torch."),
             bucket_bytes=self._config.bucket_mb << 20,
             timeout_s=self._config.timeout_s,

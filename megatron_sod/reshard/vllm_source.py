@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,21 +22,26 @@ from megatron_sod.model.geometry import Geometry
 from megatron_sod.model.gpt import PipelineModel
 from megatron_sod.model.weights import gather_hf_tensors
 
+_VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
+
 
 class MegatronSource(WeightSource):
     """Every HF tensor, gathered on rank 0 when its turn comes; other ranks only take part."""
 
-    def __init__(self, model: PipelineModel, geometry: Geometry):
+    def __init__(self, model: PipelineModel, geometry: Geometry, vocab_size: int | None = None):
+        """`vocab_size`: rows the engines hold; None: all of the student's."""
         self._model, self._geometry = model, geometry
+        self._vocab_size = vocab_size or geometry.vocab_size
 
     def metadata(self) -> list[ParamMeta]:
         dtype = self._model.config.params_dtype
-        shapes = hf_shapes(self._geometry).items()
+        shapes = hf_shapes(replace(self._geometry, vocab_size=self._vocab_size)).items()
         return [ParamMeta(name, dtype, tuple(shape)) for name, shape in shapes]
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         """A collective: every rank must iterate to the end; only rank 0 gets tensors."""
-        return gather_hf_tensors(self._model, self._geometry)
+        for name, tensor in gather_hf_tensors(self._model, self._geometry):
+            yield name, tensor[: self._vocab_size] if name in _VOCABULARY else tensor
 
     @property
     def num_bytes(self) -> int:

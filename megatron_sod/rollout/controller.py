@@ -29,16 +29,26 @@ _DEATH_NOTICE_S = 5.0  # a call may fail a moment before the death is known
 class RolloutController:
     """Rollouts with one model. One rollout, evaluation or weight transfer at a time."""
 
-    def __init__(self, config: SodConfig, model: ModelConfig, *, load_weights: bool):
+    def __init__(
+        self,
+        config: SodConfig,
+        model: ModelConfig,
+        *,
+        load_weights: bool,
+        vocab_size: int | None = None,
+    ):
         """Begins to start everything and returns; `wait_until_ready` blocks.
 
         Args:
             model: student or teacher.
             load_weights: False leaves random weights, for engines that get theirs by transfer.
+            vocab_size: ids the engines know, so that no other is sampled; None: the model's own.
+                Needs `load_weights` False.
         """
         start_ray()
         self._config = config
-        self.fleet = Fleet(config, model, load_weights=load_weights)
+        self.fleet = Fleet(config, model, load_weights=load_weights, vocab_size=vocab_size)
+        self._vocab_size = vocab_size
         rollout = config.rollout
         self._max_in_flight = rollout.max_in_flight or (
             2 * rollout.engine.max_num_seqs * rollout.engine.num_engines
@@ -173,7 +183,9 @@ class RolloutController:
             return self._ask("engine hosts", lambda _, e: e.host.remote())
 
         engine = self._config.rollout.engine
-        layout = EngineLayout(engine.tensor_parallel_size, engine.num_engines)
+        layout = EngineLayout(
+            engine.tensor_parallel_size, engine.num_engines, vocab_size=self._vocab_size
+        )
         return EngineControl(layout, hosts, connect, update, score)
 
     def _ask(self, what: str, call) -> list[Any]:

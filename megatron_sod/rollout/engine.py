@@ -54,7 +54,7 @@ class Engine:
 
     def __init__(self, options: dict[str, Any]):
         """`options`: model, dtype, max_model_len, tensor_parallel_size, max_num_seqs, load_format,
-        gpu_memory_utilization, seed, transfer_backend."""
+        gpu_memory_utilization, seed, transfer_backend, vocab_size (None: the model's own)."""
         import torch
         from vllm import AsyncEngineArgs
         from vllm.config import WeightTransferConfig
@@ -71,6 +71,7 @@ class Engine:
             tensor_parallel_size=tensor_parallel_size,
             distributed_executor_backend="mp" if tensor_parallel_size > 1 else "uni",
             load_format=options["load_format"],
+            hf_overrides={"vocab_size": size} if (size := options["vocab_size"]) else {},
             gpu_memory_utilization=options["gpu_memory_utilization"],
             enforce_eager=not on_gpu,
             # Seeded requests rewind their generator after a partial prefill, which CPU generators

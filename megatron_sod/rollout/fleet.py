@@ -55,8 +55,17 @@ class RayEngine:
 class Fleet:
     """Starts the actors, watches them, replaces the dead."""
 
-    def __init__(self, config: SodConfig, model: ModelConfig, *, load_weights: bool):
-        self._config, self._model, self._load_weights = config, model, load_weights
+    def __init__(
+        self,
+        config: SodConfig,
+        model: ModelConfig,
+        *,
+        load_weights: bool,
+        vocab_size: int | None = None,
+    ):
+        """As RolloutController."""
+        self._config = config
+        self._engine_options = _engine_options(config, model, load_weights, vocab_size)
         rollout = config.rollout
         self.weights: EngineWeights | None = None  # what the engines hold; None: from disk
         self.counts: Counter[str] = Counter()
@@ -190,7 +199,7 @@ class Fleet:
             num_cpus=0,
             max_concurrency=_CALLS_AT_ONCE,
             runtime_env=engine_runtime(self._config.rollout.engine),
-        )(Engine).remote(_engine_options(self._config, self._model, self._load_weights))
+        )(Engine).remote(self._engine_options)
         self._lifelines[actor.lifeline.remote()] = ("engine", index)
         return actor
 
@@ -236,7 +245,9 @@ def engine_runtime(engine: EngineConfig) -> dict[str, Any]:
     return runtime
 
 
-def _engine_options(config: SodConfig, model: ModelConfig, load_weights: bool) -> dict[str, Any]:
+def _engine_options(
+    config: SodConfig, model: ModelConfig, load_weights: bool, vocab_size: int | None
+) -> dict[str, Any]:
     rollout, engine = config.rollout, config.rollout.engine
     return {
         "model": os.path.abspath(model.path),
@@ -248,4 +259,5 @@ def _engine_options(config: SodConfig, model: ModelConfig, load_weights: bool) -
         "load_format": "auto" if load_weights else "dummy",
         "seed": config.seed,
         "transfer_backend": config.transfer.backend,
+        "vocab_size": vocab_size,
     }

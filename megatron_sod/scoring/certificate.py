@@ -20,6 +20,7 @@ from megatron_sod.data.packing import alignment_of
 from megatron_sod.data.synthetic import synthetic_trajectories
 from megatron_sod.model.geometry import load_geometry
 from megatron_sod.model.gpt import PipelineModel
+from megatron_sod.model.parity import shared_vocab_size
 from megatron_sod.model.weights import gather_hf_tensors, load_model, main_grad
 from megatron_sod.parallel import state
 from megatron_sod.scoring.credit import assign_credit
@@ -85,9 +86,12 @@ def measure(case: Case, student_dir: str, teacher_dir: str) -> Measurement:
     state.initialize(config.student.parallel, seed=0)
     groups = state.process_groups()
     student = Trainable(load_model(config.student, geometry, groups), geometry, config.train)
-    teacher = open_teacher(config.teacher, config.student, teacher_geometry, groups)
+    student.model.real_vocab_size = shared_vocab_size(geometry, teacher_geometry)
+    teacher = open_teacher(
+        config.teacher, config.student, teacher_geometry, groups, vocab_size=geometry.vocab_size
+    )
     batch = build_training_batch(
-        synthetic_trajectories(3, 3, vocab_size=geometry.vocab_size, seed=5),
+        synthetic_trajectories(3, 3, vocab_size=student.model.real_vocab_size, seed=5),
         num_mini_batches=1,
         tokens_per_micro_batch=case.tokens_per_micro_batch,
         dp_rank=groups.dp.rank(),

@@ -53,7 +53,8 @@ def score(
         held = teacher_logits = None
         if teacher is not None:
             held = teacher_hidden[number]
-            teacher_logits = F.linear(batch.part_of(held), teacher.head_weight())
+            rows = batch.part_of(held.to(hidden.device, non_blocking=True))
+            teacher_logits = F.linear(rows, teacher.head_weight())
         stats = vocab_parallel_divergence(
             student.output_logits(hidden, batch.rows),
             teacher_logits,

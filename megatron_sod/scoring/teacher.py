@@ -20,7 +20,7 @@ from megatron_sod.model.gpt import PipelineModel
 from megatron_sod.model.weights import load_head, load_model
 from megatron_sod.parallel import state
 from megatron_sod.parallel.context import whole_rows
-from megatron_sod.parallel.cpu import device
+from megatron_sod.parallel.cpu import device, to_host
 from megatron_sod.parallel.residency import Residency
 from megatron_sod.train.schedule import forward_only
 from megatron_sod.types import MicroBatch
@@ -31,18 +31,30 @@ def open_teacher(
     student: ModelConfig,
     geometry: Geometry,
     student_groups: ProcessGroupCollection,
+    *,
+    vocab_size: int,
 ) -> Teacher:
     """The teacher of a configuration: in the student's groups if its layout is the same, else in
-    groups of its own. A collective over all ranks."""
+    groups of its own. A collective over all ranks.
+
+    Args:
+        vocab_size: the student's. The teacher holds as many vocabulary rows, whatever its own
+            number, so that both heads are cut at the same ids.
+    """
     if section.parallel == student.parallel:
-        return Teacher(load_model(section, geometry, student_groups), student_groups)
+        model = load_model(section, geometry, student_groups, vocab_size=vocab_size)
+        return Teacher(model, student_groups)
     groups, tp, head = state.further_groups(section.parallel), student_groups.tp, None
     with state.own_groups(groups):
-        model = load_model(section, geometry, groups)
+        model = load_model(section, geometry, groups, vocab_size=vocab_size)
     if state.is_last_stage(student_groups):
-        dtype = model.config.params_dtype
         head = load_head(
-            geometry, section.path, tp_rank=tp.rank(), tp_size=tp.size(), dtype=dtype
+            geometry,
+            section.path,
+            vocab_size=vocab_size,
+            tp_rank=tp.rank(),
+            tp_size=tp.size(),
+            dtype=model.config.params_dtype,
         ).to(device())
     return Teacher(model, student_groups, head)
 
@@ -88,8 +100,8 @@ class Teacher:
                 yield parameter
 
     def hidden_states(self, micro_batches: list[MicroBatch]) -> list[torch.Tensor]:
-        """[R, H] for the rows of each of this rank's micro-batches; empty but on the student's last
-        stage.
+        """[R, H] for the rows of each of this rank's micro-batches, in host memory: those of an
+        iteration may be tens of GB. Empty but on the student's last stage.
 
         `micro_batches` are those of this data-parallel rank of the student; every such rank brings
         equally many.
@@ -116,7 +128,8 @@ class Teacher:
 
         def rows_fn(hidden: torch.Tensor, batch: MicroBatch, number: int) -> torch.Tensor:
             rows = self.model.select_rows(hidden, batch.rows)
-            return whole_rows(rows, batch.places, len(micro_batches[number].rows), cp_group)
+            rows = whole_rows(rows, batch.places, len(micro_batches[number].rows), cp_group)
+            return to_host(rows)
 
         return forward_only(self.model, micro_batches, rows_fn)
 
@@ -143,7 +156,7 @@ class _Routes:
     def deliver(
         self, num_rows: list[int], held: dict[int, torch.Tensor], *, width: int, dtype: torch.dtype
     ) -> list[torch.Tensor]:
-        """This rank's [R, H] from whoever holds them.
+        """This rank's [R, H] from whoever holds them, in host memory on both sides.
 
         Args:
             num_rows: of every micro-batch, replica after replica of the student.
@@ -152,19 +165,22 @@ class _Routes:
         per_replica, rank = len(num_rows) // self._student_size, dist.get_rank()
         received = []
         for number, rows in enumerate(num_rows):
-            transfers = []
+            transfers: list[dist.P2POp] = []
+            buffer: torch.Tensor | None = None
             for source, target in self._pairs(number, number // per_replica):
-                if target == rank:
-                    buffer = torch.empty(rows, width, dtype=dtype, device=device())
-                    received.append(held[number] if source == rank else buffer)
-                if source == target or rows == 0:
-                    continue
-                if source == rank:
-                    transfers.append(dist.P2POp(dist.isend, held[number].contiguous(), target))
+                if source == target == rank:
+                    received.append(held[number])
                 elif target == rank:
+                    buffer = torch.empty(rows, width, dtype=dtype, device=device())
                     transfers.append(dist.P2POp(dist.irecv, buffer, source))
-            for request in dist.batch_isend_irecv(transfers) if transfers else ():
-                request.wait()
+                elif source == rank:
+                    sent = held[number].to(device())
+                    transfers.append(dist.P2POp(dist.isend, sent.contiguous(), target))
+            if rows > 0 and transfers:
+                for request in dist.batch_isend_irecv(transfers):
+                    request.wait()
+            if buffer is not None:
+                received.append(to_host(buffer))
         return received
 
     def _pairs(self, number: int, replica: int) -> list[tuple[int, int]]:

@@ -66,7 +66,8 @@ def _divergence(model, teacher, hidden, batch: MicroBatch, score: TokenScores, c
     teacher_logits = None
     if held is not None:
         with torch.no_grad():
-            teacher_logits = F.linear(batch.part_of(held), teacher.head_weight())
+            rows = batch.part_of(held.to(hidden.device, non_blocking=True))
+            teacher_logits = F.linear(rows, teacher.head_weight())
     needs_jsd = held is not None and config.distill.loss == "jsd"
     return differentiable_divergence(
         model.output_logits(hidden, batch.rows),

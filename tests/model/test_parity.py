@@ -9,7 +9,7 @@ import pytest
 
 from megatron_sod.errors import DataError
 from megatron_sod.model.geometry import geometry_from_hf
-from megatron_sod.model.parity import check_same_vocabulary
+from megatron_sod.model.parity import check_same_vocabulary, shared_vocab_size
 from tests.model.test_geometry import QWEN3
 
 GEOMETRY = geometry_from_hf({**QWEN3, "vocab_size": 4})
@@ -34,9 +34,17 @@ def test_equal_vocabularies_pass_whatever_the_models_sizes():
     check_same_vocabulary(GEOMETRY, teacher, Vocabulary(a=0, b=1), Vocabulary(b=1, a=0))
 
 
-def test_embeddings_of_different_sizes_are_refused():
-    with pytest.raises(DataError, match="differ in vocab_size: 4 against 5"):
-        _check(Vocabulary(a=0), Vocabulary(a=0), vocab_size=5)
+@pytest.mark.parametrize("vocab_size", [3, 5])
+def test_a_teacher_may_pad_the_same_tokenizer_to_another_size(vocab_size):
+    _check(Vocabulary(a=0, b=2), Vocabulary(a=0, b=2), vocab_size=vocab_size)
+    teacher = replace(GEOMETRY, vocab_size=vocab_size)
+    assert shared_vocab_size(GEOMETRY, teacher) == min(4, vocab_size)
+    assert shared_vocab_size(GEOMETRY, None) == 4
+
+
+def test_an_id_that_one_of_them_has_no_row_for_is_refused():
+    with pytest.raises(DataError, match="has id 3, but student and teacher share only 3 ids"):
+        _check(Vocabulary(a=0, b=3), Vocabulary(a=0, b=3), vocab_size=3)
 
 
 @pytest.mark.parametrize(

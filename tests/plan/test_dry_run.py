@@ -117,9 +117,18 @@ def test_models_that_cannot_be_split_or_compared_are_refused():
     parallel = {"tensor_model_parallel_size": 8}
     student = {"path": "models/Qwen2.5-7B-Instruct", "dtype": "bfloat16", "parallel": parallel}
     with pytest.raises(ConfigError) as refused:
-        make_plan(_config(student=student))
+        make_plan(_config(student=student, teacher={"path": "models/Llama-3.1-8B-Instruct"}))
     assert "student.parallel.tensor_model_parallel_size 8" in str(refused.value)
-    assert "vocabulary of 151936 rows, the student has 152064" in str(refused.value)
+    assert "vocabulary of 128256 rows, the student has 152064" in str(refused.value)
+
+
+def test_a_teacher_is_planned_with_the_students_vocabulary_rows():
+    """Qwen2.5 pads one tokenizer to 152064 rows from 7B on and to 151936 below."""
+    seven, half = (f"models/Qwen2.5-{size}-Instruct" for size in ("7B", "0.5B"))
+    for student, teacher, rows in ((half, seven, 151936), (seven, half, 152064)):
+        both = {"student": {"path": student}, "teacher": {"path": teacher}}
+        plan = make_plan(_config(**both))
+        assert plan.job.teacher.geometry.vocab_size == rows
 
 
 def test_a_tied_head_is_copied_to_the_last_stage():
