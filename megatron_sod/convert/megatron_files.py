@@ -26,7 +26,6 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from megatron_sod.convert.layout import hf_shapes, segments_of
 from megatron_sod.convert.megatron_names import (
-    ALIASES,
     Stored,
     is_vocabulary,
     parameters,
@@ -118,9 +117,8 @@ class MegatronTensors:
 
     def _find(self, name: str, geometry: Geometry) -> Stored:
         stored = stored_at(name, geometry)
-        for key in (stored.key, ALIASES.get(stored.key, "")):
-            if isinstance(self._stored.get(key), TensorStorageMetadata):
-                return Stored(key, stored.index, stored.stack)
+        if isinstance(self._stored.get(stored.key), TensorStorageMetadata):
+            return stored
         raise CheckpointError(
             f"{self.directory}: no tensor {stored.key} in it; the checkpoint does not hold the "
             f"{geometry.family} model its config.json describes"

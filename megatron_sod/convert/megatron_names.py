@@ -23,15 +23,10 @@ from megatron_sod.model.geometry import Geometry
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 _EXPERT = re.compile(r"mlp\.experts\.local_experts\.(\d+)\.(.+)")
 _VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
-# Transformer-Engine fuses a norm into the linear that follows, and Megatron stores the norms of
-# local layers under the fused names too. No linear follows the norm before a router; local layers
-# are stored under the fused name there as well, Transformer-Engine's are not.
+# Transformer-Engine fuses a norm into the linear that follows, and local layers are stored under
+# the fused names too. No linear follows the norm before a router.
 _FUSED = {"input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight"}
 _FUSED_DENSE = {"pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight"}
-ALIASES = {
-    f"decoder.layers.{plain}": f"decoder.layers.{fused}" for plain, fused in _FUSED_DENSE.items()
-}
-ALIASES |= {fused: plain for plain, fused in ALIASES.items()}
 
 
 @dataclass(frozen=True)

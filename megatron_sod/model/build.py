@@ -140,6 +140,10 @@ def _block_spec(geometry: Geometry, config: TransformerConfig, pp_rank: int, vp_
     if geometry.qk_norm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     attention.core_attention = PackedCausalAttention
+    if geometry.is_moe:
+        # Checkpoints keep a norm under the linear it is fused into with Transformer-Engine. None
+        # follows the norm before a router, which keeps its own name there, so here too.
+        del layer.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=RMSNorm)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import tensor_parallel
+from megatron.core.dist_checkpointing.dict_utils import extract_matching_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 
 from megatron_sod.train.trainable import Trainable
@@ -19,11 +20,16 @@ _METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
 def sharded_state(trainable: Trainable, *, is_loading: bool) -> dict[str, Any]:
-    """Model and optimizer, readable in any layout."""
-    if is_loading:
-        _allocate_optimizer_state(trainable)
+    """Model and optimizer, readable in any layout and by Transformer-Engine and local layers."""
     metadata = dict(_METADATA)  # Megatron adds its process group
     model_state = trainable.model.sharded_state_dict(metadata=metadata)
+    if is_loading:
+        _allocate_optimizer_state(trainable)
+        # Objects are the modules' extra states, where Transformer-Engine keeps FP8 scales: other
+        # layers have others, and nothing here is computed in FP8.
+        _, model_state = extract_matching_values(
+            model_state, lambda value: isinstance(value, ShardedObject)
+        )
     optimizer_state = trainable.optimizer.sharded_state_dict(
         model_state, is_loading=is_loading, metadata=metadata
     )

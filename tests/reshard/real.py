@@ -9,7 +9,9 @@ from pathlib import Path
 import torch
 
 
-def start_engine(path: str | Path, *, tp: int = 1, max_model_len: int = 128):
+def start_engine(
+    path: str | Path, *, tp: int = 1, max_model_len: int = 128, vocab_size: int | None = None
+):
     """An Engine actor with random weights, ready."""
     import ray
 
@@ -27,6 +29,7 @@ def start_engine(path: str | Path, *, tp: int = 1, max_model_len: int = 128):
         "load_format": "dummy",
         "seed": 0,
         "transfer_backend": "auto",
+        "vocab_size": vocab_size,
     }
     environment = {"env_vars": engine_environment(1)}
     actor = ray.remote(num_cpus=0, runtime_env=environment, max_concurrency=256)(Engine)
@@ -35,7 +38,7 @@ def start_engine(path: str | Path, *, tp: int = 1, max_model_len: int = 128):
     return engine
 
 
-def control_of(engine, *, tp: int = 1, pause: str = "wait"):
+def control_of(engine, *, tp: int = 1, pause: str = "wait", vocab_size: int | None = None):
     """What WeightSync asks of one engine."""
     import ray
 
@@ -46,7 +49,7 @@ def control_of(engine, *, tp: int = 1, pause: str = "wait"):
         return ray.get(call, timeout=120)
 
     return EngineControl(
-        layout=EngineLayout(tp, 1),
+        layout=EngineLayout(tp, 1, vocab_size=vocab_size),
         hosts=lambda: [ask(engine.host.remote())],
         connect=lambda info: ask(engine.connect_weights.remote(info, 0)),
         update=lambda info, version: ask(engine.update_weights.remote(info, version, pause)),

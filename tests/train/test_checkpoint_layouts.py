@@ -1,7 +1,8 @@
-"""A checkpoint written at TP2 x PP2 is the same model and optimizer in every other layout.
+"""A checkpoint of one layout is the same model and optimizer in every other.
 
-Layers: 4 gloo ranks with the real distributed optimizer. Saving and resuming in one layout:
-test_checkpoint.
+Layers: gloo ranks with the real distributed optimizer; three moves on 2 ranks, the rest, on 4, are
+slow. Saving and resuming in one layout: test_checkpoint. Other kinds of layers:
+test_checkpoint_layers.
 """
 
 from __future__ import annotations
@@ -9,49 +10,104 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.helpers.checkpoints import VOCAB, saved_tensors
+from tests.helpers.families import FAMILIES
 from tests.helpers.gloo import run_on_ranks
 from tests.helpers.tiny import write_model_with_weights
 
-TP2_PP2 = dict(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
-LAYOUTS = {  # of 4 ranks; the rest is data-parallel
-    "same": TP2_PP2,
-    "tp1": {},
-    "pp2": dict(pipeline_model_parallel_size=2),
-    "tp4": dict(tensor_model_parallel_size=4),
+TP2, PP2 = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
+TP4, SP = {"tensor_model_parallel_size": 4}, {"sequence_parallel": True}
+CP2 = {"context_parallel_size": 2}
+EP2, EP4 = {"expert_model_parallel_size": 2}, {"expert_model_parallel_size": 4}
+CHUNKS = {**PP2, "virtual_pipeline_model_parallel_size": 2}
+WHOLE_EXPERTS = {"expert_tensor_parallel_size": 1}
+# name: (ranks, family, layout that saves, layouts that load); what a layout leaves is data-parallel
+MOVES = {
+    "two chunks to tp": (2, "qwen3", CHUNKS, {"tp2": TP2}),
+    "cp to dp": (2, "qwen3", CP2, {"dp2": {}}),
+    "ep to dp": (2, "qwen3_moe", EP2, {"dp2": {}}),
+    "from tp2 pp2": (
+        4,
+        "qwen3",
+        {**TP2, **PP2},
+        {
+            "same": {**TP2, **PP2},
+            "dp4": {},
+            "pp2": PP2,
+            "tp4": TP4,
+            "cp2 two chunks": {**CP2, **CHUNKS},
+        },
+    ),
+    "from two chunks": (
+        4,
+        "qwen3",
+        CHUNKS,
+        {"same": CHUNKS, "pp2": PP2, "tp2 cp2": {**TP2, **SP, **CP2}},
+    ),
+    "from cp2 tp2": (
+        4,
+        "qwen3_untied",
+        {**CP2, **TP2, **SP},
+        {"same": {**CP2, **TP2, **SP}, "dp4": {}, "pp2": PP2},
+    ),
+    "from ep2": (
+        4,
+        "qwen3_moe",
+        EP2,
+        {
+            "same": EP2,
+            "dp4": {},
+            "ep4": EP4,
+            "ep2 pp2": {**EP2, **PP2},
+            "tp2 sp ep2 whole experts": {**TP2, **SP, **EP2, **WHOLE_EXPERTS},
+        },
+    ),
+    "from ep2 two chunks": (
+        4,
+        "qwen3_moe",
+        {**EP2, **CHUNKS},
+        {"same": {**EP2, **CHUNKS}, "tp2 sp": {**TP2, **SP}, "ep4": EP4, "cp2": CP2},
+    ),
 }
-VOCAB = 381  # padded to 512 with TP 2 and 4, to 384 with TP 1
-pytestmark = [pytest.mark.dist, pytest.mark.slow]
+pytestmark = [pytest.mark.dist, pytest.mark.timeout(300)]
 
 
-@pytest.fixture(scope="module")
-def outcome(tmp_path_factory):
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(name, marks=[pytest.mark.slow] if ranks > 2 else [])
+        for name, (ranks, *_) in MOVES.items()
+    ],
+)
+def outcome(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("layouts")
-    model = write_model_with_weights(
-        folder / "model", seed=3, vocab_size=VOCAB, num_key_value_heads=4
-    )
-    return run_on_ranks(4, _all_layouts, str(model), str(folder))[0]
+    ranks, family, source, targets = MOVES[request.param]
+    model = write_model_with_weights(folder / "model", seed=3, vocab_size=VOCAB, **FAMILIES[family])
+    return run_on_ranks(ranks, _move, str(model), str(folder), source, targets)[0]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_what_is_loaded_is_what_was_saved_bit_for_bit(outcome, layout):
-    saved, loaded = outcome["saved"], outcome[layout]["loaded"]
-    assert saved.keys() == loaded.keys() and any("exp_avg_sq" in name for name in saved)
-    for name, tensor in saved.items():
-        assert torch.equal(tensor, loaded[name]), name
+def test_what_is_loaded_is_what_was_saved_bit_for_bit(outcome):
+    saved = outcome["saved"]
+    assert any("exp_avg_sq" in name for name in saved)
+    for layout, found in outcome["targets"].items():
+        assert saved.keys() == found["loaded"].keys()
+        for name, tensor in saved.items():
+            assert torch.equal(tensor, found["loaded"][name]), (layout, name)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_next_iteration_has_the_same_loss_and_optimizer_state(outcome, layout):
-    undisturbed, found = outcome["undisturbed"], outcome[layout]
-    assert found["loss"] == pytest.approx(undisturbed["loss"], rel=2e-6)
-    assert found["step_counts"] == undisturbed["step_counts"] == {3.0}
-    for name, tensor in undisturbed["tensors"].items():
-        # float32 sums in another order; a moment's scale is that of its largest element
-        scale = float(tensor.abs().max())
-        error = float((tensor - found["tensors"][name]).abs().max())
-        assert error <= 1e-4 * scale, f"{name}: {error} of {scale}"
-        if layout == "same":
-            assert error == 0.0, name
+def test_next_iteration_has_the_same_loss_and_optimizer_state(outcome):
+    undisturbed = outcome["undisturbed"]
+    assert undisturbed["step_counts"] == {3.0}
+    for layout, found in outcome["targets"].items():
+        assert found["loss"] == pytest.approx(undisturbed["loss"], rel=2e-6), layout
+        assert found["step_counts"] == {3.0}
+        for name, tensor in undisturbed["tensors"].items():
+            # float32 sums in another order; a moment's scale is that of its largest element
+            scale = float(tensor.abs().max())
+            error = float((tensor - found["tensors"][name]).abs().max())
+            assert error <= 1e-4 * scale, f"{layout}, {name}: {error} of {scale}"
+            if layout == "same":
+                assert error == 0.0, name
 
 
 def test_the_comparison_would_notice_a_step_from_fresh_moments(outcome):
@@ -61,34 +117,36 @@ def test_the_comparison_would_notice_a_step_from_fresh_moments(outcome):
     assert float((saved[name] - after[name]).abs().max()) > 1e-2 * float(saved[name].abs().max())
 
 
-def _all_layouts(model_dir: str, folder: str) -> dict:
+def _move(model_dir: str, folder: str, source: dict, targets: dict[str, dict]) -> dict:
+    from megatron_sod.parallel import state
     from megatron_sod.train.checkpoint import Checkpoints
 
     def checkpoints(name: str) -> Checkpoints:
         return Checkpoints(f"{folder}/{name}", keep_last=3)
 
-    trainable, step = _trainable(model_dir, TP2_PP2)
+    trainable, step = _trainable(model_dir, source)
     for number in range(2):
         step(number)
     first = checkpoints("first")
-    results: dict = {"saved": _save(first, trainable, VOCAB)}
+    saved = saved_tensors(first, trainable)
     loss = step(2)
+    results: dict = {"saved": saved, "targets": {}}
     results["undisturbed"] = _after(checkpoints("undisturbed"), trainable, loss)
-    for name, layout in LAYOUTS.items():
-        _leave()
+    for name, layout in targets.items():
+        state.release_groups()
         trainable, step = _trainable(model_dir, layout)
         own = checkpoints(name)
         own.load(trainable, first.latest())
-        loaded = _save(own, trainable, VOCAB)
+        loaded = saved_tensors(own, trainable)
         loss = step(2)
-        results[name] = {"loaded": loaded, **_after(own, trainable, loss)}
+        results["targets"][name] = {"loaded": loaded, **_after(own, trainable, loss)}
     return results
 
 
 def _after(checkpoints, trainable, loss: float) -> dict:
     parts = getattr(trainable.optimizer, "chained_optimizers", [trainable.optimizer])
     counts = {float(s["step"]) for part in parts for s in part.optimizer.state.values()}
-    tensors = _save(checkpoints, trainable, VOCAB, iteration=2)
+    tensors = saved_tensors(checkpoints, trainable, iteration=2)
     return {
         "loss": loss,
         "tensors": tensors,
@@ -96,41 +154,12 @@ def _after(checkpoints, trainable, loss: float) -> dict:
     }
 
 
-def _save(checkpoints, trainable, vocab: int, iteration: int = 1) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint of the present state, whole, without padded vocabulary rows."""
-    from megatron.core import dist_checkpointing
-
-    from megatron_sod.train.checkpoint import Progress
-
-    checkpoints.save(trainable, Progress(iteration, 0, 0, 0, ""))
-    checkpoints.finish()
-    tensors = dict(_flat(dist_checkpointing.load_plain_tensors(str(checkpoints.latest()))))
-    return {
-        name: tensor[:vocab].clone() if "embedding" in name or "output_layer" in name else tensor
-        for name, tensor in tensors.items()
-    }
-
-
-def _flat(values: dict, prefix: str = ""):
-    for key, value in values.items():
-        if isinstance(value, torch.Tensor):
-            yield prefix + str(key), value
-        elif isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-
-
-def _leave() -> None:
-    from megatron_sod.parallel import state
-
-    state.parallel_state.destroy_model_parallel()
-
-
 def _trainable(model_dir: str, layout: dict):
     """A trainable model in the layout, and a step on the numbered batch of four sequences."""
     import torch.distributed as dist
 
     from megatron_sod.config.schema import ParallelConfig, TrainConfig
-    from megatron_sod.data.packing import PackItem, pack
+    from megatron_sod.data.packing import PackItem, alignment_of, pack
     from megatron_sod.model.build import build_model
     from megatron_sod.model.geometry import load_geometry
     from megatron_sod.model.weights import load_hf_weights
@@ -153,12 +182,13 @@ def _trainable(model_dir: str, layout: dict):
         for index in range(4):
             ids = torch.randint(0, VOCAB, (9,), generator=generator).tolist()
             if index % groups.dp.size() == groups.dp.rank():
-                batches.append(pack([PackItem(ids, [True] * 9, [1] * 9, [0.0] * 9, 0)]))
+                item = PackItem(ids, [True] * 9, [1] * 9, [0.0] * 9, 0)
+                batches.append(pack([item], alignment_of(parallel)))
         result = trainable.step(batches, loss_fn)
         sums = torch.zeros(2, dtype=torch.float64)
         for loss, count in result.collected:
             sums += torch.stack([loss.double(), count.double()])
-        for group in (groups.dp, groups.pp):
+        for group in (groups.dp_cp, groups.pp):
             dist.all_reduce(sums, group=group)
         return float(sums[0] / sums[1])
 
