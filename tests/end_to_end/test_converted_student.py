@@ -1,4 +1,4 @@
-"""A run from a converted Megatron checkpoint; its student has more vocabulary rows than its teacher.
+"""A run from a converted Megatron checkpoint; its student has more rows than its teacher.
 
 Layers: one real run of one iteration on two ranks, with Ray, a vLLM engine and the sandbox, checked
 from its files. The numbers of such pairs: tests/scoring/test_teacher.
