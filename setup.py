@@ -52,7 +52,7 @@ setup(
         "cpu": ["megatron-sod[train]", *CPU],
         "wandb": ["wandb"],
         "gpu": ["megatron-sod[train]", *GPU],
-        "dev": ["pytest", "pytest-timeout", "hypothesis", "ruff", "mypy", "websockets"],
+        "dev": ["pytest", "pytest-timeout", "hypothesis", "ruff", "mypy", "websockets", "wandb"],
     },
     entry_points={
         "vllm.general_plugins": ["megatron_sod = megatron_sod.reshard.vllm_plugin:register"],

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from megatron_sod.eval.runner import EvalResult, evaluate
-from megatron_sod.observe.loggers import evaluation_scalars
 from megatron_sod.observe.progress import say
+from megatron_sod.observe.reference_names import validation_scalars
 from megatron_sod.parallel.share import from_rank0
 from megatron_sod.session import Session
 
@@ -17,55 +17,75 @@ def evaluate_at_start(session: Session) -> None:
     def work() -> None:
         if session.teacher_controller is not None:
             session.teacher_controller.wait_until_ready("teacher engines")
-            _note(session, _evaluate(session, "teacher"))
+            _log(session, _evaluate(session, "teacher"))
             session.teacher_controller.close()
             session.teacher_controller = None
         if session.progress.iteration == 0 and session.eval_prompts:
-            _note(session, _evaluate(session, "student"))
+            _log(session, _evaluate(session, "student"))
 
     from_rank0(work, timeout_s=session.config.rollout.timeout_s)
 
 
-def evaluate_if_due(session: Session) -> None:
-    """Evaluate the student on time, and remember whether it is the best so far. A
-    collective."""
+def evaluate_if_due(session: Session) -> dict[str, float]:
+    """Evaluate the student on time, and remember whether it is the best so far; what the row of
+    the iteration says about it, {} when it is not due. A collective."""
     train, iteration = session.config.train, session.progress.iteration
     due = train.eval_interval and iteration % train.eval_interval == 0
     due = due or iteration == train.num_iterations
     if not session.eval_prompts or not due or session.config.rollout.replay is not None:
-        return
+        return {}
     session.residency.hold()
-
-    def work() -> float:
-        result = _evaluate(session, "student")
-        _note(session, result)
-        return result.success
-
-    success = from_rank0(work, timeout_s=session.config.rollout.timeout_s)
+    result = from_rank0(
+        lambda: _evaluate(session, "student"), timeout_s=session.config.rollout.timeout_s
+    )
     best = session.progress.best_success
-    if best is None or success > best:
-        session.progress = replace(session.progress, best_success=success, best_iteration=iteration)
+    if best is None or result.success > best:
+        session.progress = replace(
+            session.progress, best_success=result.success, best_iteration=iteration
+        )
+    return _scalars(result)
 
 
 def _evaluate(session: Session, model: str) -> EvalResult:
     controller = session.teacher_controller if model == "teacher" else session.controller
     assert controller is not None
-    return evaluate(
+    result = evaluate(
         controller,
         session.eval_prompts,
         session.config,
+        session.tokenizer,
         model=model,
         iteration=session.progress.iteration,
     )
-
-
-def _note(session: Session, result: EvalResult) -> None:
     session.run_dir.append("evals.jsonl", result.as_dict())
-    for logger in session.loggers:
-        logger.log(result.iteration, evaluation_scalars(result.as_dict()))
     low, high = result.interval
     session.view.evaluated(result.model, result.success, result.interval)
     say(
         f"{result.model} after iteration {result.iteration}: success {result.success:.1%} "
-        f"[{low:.1%}, {high:.1%}] on {result.num_prompts} held-out tasks"
+        f"[{low:.1%}, {high:.1%}] on {result.num_prompts} held-out tasks" + _by_source(result)
     )
+    return result
+
+
+def _by_source(result: EvalResult) -> str:
+    """ ": aime2024 20.8%, gpqa 22.2%"; nothing where there is one source."""
+    if len(result.sources) < 2:
+        return ""
+    means = {name: n[f"avg@{n['num_samples']}"] for name, n in result.sources.items()}
+    return ": " + ", ".join(f"{name} {mean:.1%}" for name, mean in means.items())
+
+
+def _log(session: Session, result: EvalResult) -> None:
+    """Before the first iteration, which no row of metrics.jsonl belongs to."""
+    for logger in session.loggers:
+        logger.log(result.iteration, _scalars(result))
+
+
+def _scalars(result: EvalResult) -> dict[str, float]:
+    """An evaluation under our names; the student's under the reference's as well."""
+    theirs = validation_scalars(result.sources) if result.model == "student" else {}
+    return {
+        f"eval/{result.model}_success": result.success,
+        f"eval/{result.model}_tool_calls": result.tool_calls_per_trajectory,
+        **theirs,
+    }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from megatron_sod.observe.metrics import credit_metrics, rollout_metrics
 from megatron_sod.observe.records import local_records, merge_records
+from megatron_sod.observe.reference_names import with_reference_names
 from megatron_sod.rollout.fidelity import render_mismatch_fraction
 from megatron_sod.scoring.credit import distill_coef
 from megatron_sod.session import Session
@@ -66,9 +67,20 @@ def record(
 
 
 def log(session: Session, metrics: dict[str, float]) -> None:
-    """One row to metrics.jsonl and to every logger, from rank 0."""
+    """One row to metrics.jsonl and to every logger, from rank 0: our names, then the
+    reference's."""
     if session.is_main:
-        row = {"iteration": session.progress.iteration, **metrics}
+        progress, train = session.progress, session.config.train
+        drawn_before = progress.num_prompts_drawn - train.train_batch_size
+        seconds = metrics["time/total_s"] * session.config.cluster.world_size
+        row = with_reference_names(
+            {
+                "iteration": progress.iteration,
+                **metrics,
+                "rollout/epoch": float(drawn_before // len(session.prompts)),
+                "perf/throughput": metrics["rollout/total_tokens"] / seconds,
+            }
+        )
         session.run_dir.append("metrics.jsonl", row)
         for logger in session.loggers:
             logger.log(session.progress.iteration, row)

@@ -108,7 +108,7 @@ def run_iteration(session: Session) -> dict[str, float]:
         metrics = record(session, trajectories, batch, micro_batches, scores, credits, steps)
     metrics |= update_metrics
     with clock("eval"):
-        evaluate_if_due(session)
+        metrics |= evaluate_if_due(session)
     metrics |= merge_telemetry(session.telemetry.collect())
     metrics |= clock.seconds()
     # A checkpoint counts the iteration as done: its rows are on disk before, with what the save

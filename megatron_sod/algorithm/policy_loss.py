@@ -36,6 +36,27 @@ def clipped_surrogate(
     return torch.where(advantages_R < 0, bounded, loss)
 
 
+def clipped_rows(
+    logprobs_R: torch.Tensor,
+    old_logprobs_R: torch.Tensor,
+    advantages_R: torch.Tensor,
+    *,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which rows of `clipped_surrogate` a clip decides, and which of them the dual clip.
+
+    Returns:
+        [R] bool, the ratio's clip is the larger loss; [R] bool, A < 0 and the loss is -dual_clip A.
+    """
+    ratio = importance_ratio(logprobs_R, old_logprobs_R)
+    plain = -advantages_R * ratio
+    clipped = -advantages_R * ratio.clamp(1 - clip_low, 1 + clip_high)
+    over = torch.maximum(plain, clipped) > -dual_clip * advantages_R
+    return clipped > plain, over & (advantages_R < 0)
+
+
 def importance_ratio(logprobs_R: torch.Tensor, old_logprobs_R: torch.Tensor) -> torch.Tensor:
     """pi / pi_old per token, finite for any pair of logprobs."""
     return torch.exp((logprobs_R - old_logprobs_R).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO))

@@ -20,7 +20,9 @@ from megatron_sod.errors import DataError
 from megatron_sod.eval.protocol import model_fingerprint, protocol, protocol_hash
 from megatron_sod.eval.report import summarise_samples, table_lines
 from megatron_sod.eval.samples import sample_record
+from megatron_sod.observe.loggers import open_loggers
 from megatron_sod.observe.progress import progress, say
+from megatron_sod.observe.reference_names import validation_scalars
 from megatron_sod.observe.run_dir import read_rows
 from megatron_sod.rollout.worker import make_chat
 from megatron_sod.types import Prompt, Trajectory
@@ -36,6 +38,7 @@ def evaluate_model(config: SodConfig, out: str | Path) -> dict[str, Any]:
 
     prompts = eval_prompts(config)
     folder = Folder(out, config, prompts)
+    loggers = open_loggers(config, folder.path)
     todo = folder.todo()
     if todo:
         controller = RolloutController(config, config.student, load_weights=True)
@@ -55,7 +58,11 @@ def evaluate_model(config: SodConfig, out: str | Path) -> dict[str, Any]:
         finally:
             controller.close()
             stop_ray()
-    return folder.finish()
+    report = folder.finish()
+    for logger in loggers:
+        logger.log(0, report["scalars"])
+        logger.close()
+    return report
 
 
 def eval_prompts(config: SodConfig) -> list[Prompt]:
@@ -144,6 +151,7 @@ class Folder:
         numbers = summarise_samples(self.rows(), num_samples=self.config.eval.num_samples)
         report = {**self._about, **numbers}
         report["table"] = table_lines(report)
+        report["scalars"] = validation_scalars(report["sources"])
         self._write("report.json", report)
         say(f"{report['model']}: protocol {report['protocol_hash']}")
         for line in report["table"]:

@@ -37,6 +37,7 @@ def _numbers(records: list[dict], num_samples: int) -> dict[str, Any]:
     ks = _ks(num_samples)
     return {
         "num_prompts": len({prompt_id for _, prompt_id in groups}),
+        "num_samples": num_samples,
         "num_graded": sum(len(rows) for rows in graded.values()),
         "num_infra_errors": sum(not r["is_valid"] for r in records),
         f"avg@{num_samples}": mean(per_prompt),
@@ -88,6 +89,8 @@ def _behaviour(valid: list[dict]) -> dict[str, Any]:
         "tool_use_rate": mean([float(r["num_tool_calls"] > 0) for r in valid]),
         "tool_outcomes": {name: n / calls for name, n in sorted(outcomes.items())},
         "num_turns": mean([r["num_turns"] for r in valid]),
+        "num_turns_max": max((r["num_turns"] for r in valid), default=0),
+        "num_turns_min": min((r["num_turns"] for r in valid), default=0),
         "response_tokens": mean([r["response_tokens"] for r in valid]),
         "student_tokens": mean([r["student_tokens"] for r in valid]),
         "finish_reasons": dict(sorted(reasons.items())),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 from megatron_sod.config.schema import SodConfig
 from megatron_sod.eval.metrics import mean, wilson_interval
+from megatron_sod.eval.report import summarise_samples
+from megatron_sod.eval.samples import sample_record
 from megatron_sod.types import Prompt, Trajectory
 
 if TYPE_CHECKING:
@@ -28,6 +30,8 @@ class EvalResult:
     tool_calls_per_trajectory: float
     response_length: float  # tokens
     finish_reasons: dict[str, int]
+    # {"aime2024": numbers, ...} of each data source, as tools/evaluate.py reports them
+    sources: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def as_dict(self) -> dict:
         return asdict(self)
@@ -37,19 +41,28 @@ def evaluate(
     controller: RolloutController,
     prompts: list[Prompt],
     config: SodConfig,
+    tokenizer: Any,
     *,
     model: str,
     iteration: int,
 ) -> EvalResult:
     """Sample and grade `eval.num_samples` trajectories of each prompt."""
+    num_samples = config.eval.num_samples
     trajectories = controller.rollout(
         prompts,
         tag=f"eval-{model}-{iteration}",
-        num_generations=config.eval.num_samples,
+        num_generations=num_samples,
         temperature=config.eval.temperature,
         top_p=config.eval.top_p,
     )
-    return summarise(trajectories, model=model, iteration=iteration, num_prompts=len(prompts))
+    result = summarise(trajectories, model=model, iteration=iteration, num_prompts=len(prompts))
+    records = [
+        sample_record(
+            prompts[place // num_samples], t, tokenizer, seed=0, sample=place % num_samples
+        )
+        for place, t in enumerate(trajectories)
+    ]
+    return replace(result, sources=summarise_samples(records, num_samples=num_samples)["sources"])
 
 
 def summarise(

@@ -29,6 +29,7 @@ class IterationRecords:
     sums: dict[str, float]  # over rows
     maxima: dict[str, float] = field(default_factory=dict)  # over rows
     counts: dict[str, float] = field(default_factory=dict)  # of trajectories
+    rank_tokens: list[int] = field(default_factory=list)  # of each data-parallel rank
 
 
 def local_records(
@@ -47,8 +48,9 @@ def local_records(
         _step_rows(batch, steps, iteration),
         _trajectory_rows(batch, micro_batches, scores, steps, iteration, num_trajectories_kept),
         _sums(batch, micro_batches, scores, credits, importance_cap),
-        _ends(scores) | ({} if importance_cap is None else _maxima(credits)),
+        _maxima(batch, micro_batches, scores, credits, importance_cap),
         _counts(batch),
+        [sum(trajectory.num_tokens for trajectory in batch.trajectories)],
     )
 
 
@@ -70,6 +72,7 @@ def merge_records(local: IterationRecords | None) -> IterationRecords | None:
                 merged.maxima[name] = max(merged.maxima.get(name, value), value)
             for name, value in records.counts.items():
                 merged.counts[name] = merged.counts.get(name, 0.0) + value
+            merged.rank_tokens += records.rank_tokens
     return merged
 
 
@@ -155,10 +158,31 @@ def _valid_values(values: torch.Tensor, valid: list[bool]) -> list[float | None]
     return [round(v, 5) if ok else None for v, ok in zip(values.tolist(), valid, strict=True)]
 
 
-def _maxima(credits: list[TokenCredit]) -> dict[str, float]:
-    """Largest values over rows."""
-    largest = [float(c.importance.max()) for c in credits if c.importance.numel()]
-    return {"importance_max": max(largest)} if largest else {}
+def _maxima(
+    batch: TrainingBatch,
+    micro_batches: list[MicroBatch],
+    scores: list[TokenScores],
+    credits: list[TokenCredit],
+    importance_cap: float | None,
+) -> dict[str, float]:
+    """Largest values over rows; under "-NAME", the largest of -NAME."""
+    columns = {
+        "advantage": [c.advantages for c in credits],
+        "group_advantage": [batch.group_advantages[m.trajectory_ids.cpu()] for m in micro_batches],
+        "r": [  # the log-ratio teacher - student, nats
+            s.teacher_logprobs - s.student_logprobs
+            for s in scores
+            if s.teacher_logprobs is not None
+        ],
+    }
+    if importance_cap is not None:
+        columns["importance"] = [c.importance for c in credits]
+    maxima = {}
+    for name, parts in columns.items():
+        if any(part.numel() for part in parts):
+            values = torch.cat(parts)
+            maxima[name], maxima[f"-{name}"] = float(values.max()), float((-values).max())
+    return maxima
 
 
 def _counts(batch: TrainingBatch) -> dict[str, float]:
@@ -166,21 +190,6 @@ def _counts(batch: TrainingBatch) -> dict[str, float]:
     if batch.is_taught is not None:
         counts["untaught_trajectories"] = float((~batch.is_taught).sum())
     return counts
-
-
-def _ends(scores: list[TokenScores]) -> dict[str, float]:
-    """The log-ratio teacher - student at its ends, nats: {"r": max, "-r": -min}."""
-    ratios = [
-        s.teacher_logprobs - s.student_logprobs
-        for s in scores
-        if s.teacher_logprobs is not None and s.teacher_logprobs.numel()
-    ]
-    if not ratios:
-        return {}
-    return {
-        "r": max(float(r.max()) for r in ratios),
-        "-r": max(float((-r).max()) for r in ratios),
-    }
 
 
 def _sums(
@@ -199,7 +208,9 @@ def _sums(
 
     for micro_batch, score, credit in zip(micro_batches, scores, credits, strict=True):
         sums["rows"] += score.student_logprobs.numel()
-        add("group_advantage_abs", batch.group_advantages[micro_batch.trajectory_ids.cpu()].abs())
+        group_advantage = batch.group_advantages[micro_batch.trajectory_ids.cpu()]
+        add("group_advantage", group_advantage)
+        add("group_advantage_abs", group_advantage.abs())
         add("advantage", credit.advantages)
         add("student_entropy", score.student_entropy)
         sampled = micro_batch.rollout_logprobs.to(score.student_logprobs)

@@ -17,6 +17,7 @@ from megatron_sod.observe.progress import say
 from megatron_sod.rollout.tool_calls import ToolCall, ToolCallParser
 from megatron_sod.rollout.tools import Observation, Tool
 from megatron_sod.rollout.trajectory_builder import TrajectoryBuilder
+from megatron_sod.rollout.waiting import Waits
 from megatron_sod.types import Prompt, Trajectory
 
 UNGRADED = ("infra_error", "time_limit", "interrupted")
@@ -85,17 +86,19 @@ class AgentLoop:
         top_p: float,
         seed: int,
         begun: Trajectory | None = None,
+        waits: Waits | None = None,
     ) -> Trajectory:
         """One trajectory from the prompt, or from where `begun` was interrupted, to its end;
-        graded on the student's final turn."""
+        graded on the student's final turn. `waits` is added to as it goes."""
         builder = TrajectoryBuilder(prompt, trajectory_id)
         if begun is not None:
             builder = TrajectoryBuilder.resumed(prompt, begun)
+        waits = waits or Waits()
         try:
             async with asyncio.timeout(self._limits.timeout_s) as time_limit:
                 reason = None
                 while reason is None:
-                    reason = await self._turn(builder, temperature, top_p, seed)
+                    reason = await self._turn(builder, temperature, top_p, seed, waits)
         except TimeoutError:
             if not time_limit.expired():
                 raise
@@ -119,7 +122,9 @@ class AgentLoop:
             )
         return score
 
-    async def _turn(self, builder, temperature: float, top_p: float, seed: int) -> str | None:
+    async def _turn(
+        self, builder, temperature: float, top_p: float, seed: int, waits: Waits
+    ) -> str | None:
         """One turn and its tools; the finish reason when the trajectory ends here."""
         if self._is_stopping():
             return "interrupted"
@@ -128,9 +133,9 @@ class AgentLoop:
         if room <= 0:
             return "max_length"
         stop = tuple(self._chat.stop_token_ids)
-        sampled = await self._generate(
-            builder.token_ids, Sampling(temperature, top_p, room, stop, _seed(seed, builder))
-        )
+        sampling = Sampling(temperature, top_p, room, stop, _seed(seed, builder))
+        with waits.on("generate_s"):
+            sampled = await self._generate(builder.token_ids, sampling)
         if sampled.is_interrupted and not sampled.token_ids:
             return "interrupted"
         builder.add_turn(sampled.token_ids, sampled.logprobs, sampled.policy_versions)
@@ -146,7 +151,8 @@ class AgentLoop:
             return "answer"  # the student ended the text instead of its turn
         if builder.num_turns >= limits.max_turns:
             return "max_turns"
-        observations = await self._run_calls(calls, builder)
+        with waits.on("tools_s"):
+            observations = await self._run_calls(calls, builder)
         builder.set_outcome(_worst(observations), len(calls))
         if any(o.outcome == "infra_error" for o in observations):
             return "infra_error"

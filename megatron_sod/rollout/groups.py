@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from megatron_sod.errors import RolloutError
+from megatron_sod.rollout.waiting import Took
 from megatron_sod.types import Prompt, Trajectory
 
 
@@ -34,6 +35,7 @@ class GroupResult:
     trajectories: list[Trajectory]  # in sample order; "interrupted" ones are not finished
     counts: Counter[str] = field(default_factory=Counter)  # turns_resubmitted, sandbox_retries, ...
     notes: list[str] = field(default_factory=list)  # for the log
+    took: list[Took] = field(default_factory=list)  # of the trajectories that ran
 
     @property
     def is_complete(self) -> bool:
@@ -48,6 +50,7 @@ class RolloutResult:
     carried: list[GroupRequest]  # to be continued
     counts: Counter[str]
     wall_s: float = 0.0
+    took: list[Took] = field(default_factory=list)
 
 
 class GroupBoard:
@@ -74,6 +77,7 @@ class GroupBoard:
         self._results: dict[int, GroupResult] = {}
         self.counts: Counter[str] = Counter()
         self.notes: list[str] = []
+        self._took: list[Took] = []
 
     @property
     def num_running(self) -> int:
@@ -102,6 +106,7 @@ class GroupBoard:
         self._results[index] = result
         self.counts += result.counts
         self.notes += result.notes
+        self._took += result.took
 
     def requeue(self, index: int) -> None:
         """The worker that ran the group is gone, and what it had with it."""
@@ -124,7 +129,8 @@ class GroupBoard:
         complete.sort(key=lambda i: not self._groups[i].begun)
         taken = set(complete[: self._num_needed])
         trajectories = [t for i in sorted(taken) for t in self._results[i].trajectories]
-        return RolloutResult(trajectories, self._carried(taken), self.counts)
+        carried = self._carried(taken)
+        return RolloutResult(trajectories, carried, self.counts, took=self._took)
 
     def _carried(self, taken: Iterable[int]) -> list[GroupRequest]:
         carried = []

@@ -19,6 +19,7 @@ from megatron_sod.config.schema import SodConfig
 from megatron_sod.data.order import PromptOrder
 from megatron_sod.rollout.groups import GroupRequest, RolloutResult
 from megatron_sod.rollout.recording import Recording, read_trajectories, write_trajectories
+from megatron_sod.rollout.waiting import waiting_metrics
 from megatron_sod.rollout.worker import GroupSampling
 from megatron_sod.types import Prompt, Trajectory
 
@@ -101,6 +102,7 @@ class LiveRollouts:
         self._ready, self._carried = None, result.carried
         self.metrics = {f"rollout/{name}": float(n) for name, n in result.counts.items()}
         self.metrics |= {"rollout/wall_s": result.wall_s, "rollout/carried": len(result.carried)}
+        self.metrics |= waiting_metrics(result.took)
         if self._recording is not None:
             self._recording.write(iteration, result.trajectories)
         return result.trajectories

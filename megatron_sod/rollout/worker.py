@@ -15,6 +15,7 @@ from megatron_sod.rollout.groups import GroupRequest, GroupResult
 from megatron_sod.rollout.incidents import Incidents
 from megatron_sod.rollout.rewards import make_grader
 from megatron_sod.rollout.tools import CodeInterpreter, FlakyTool, Tool
+from megatron_sod.rollout.waiting import Took, Waits
 from megatron_sod.sandbox import open_sandbox
 from megatron_sod.types import Prompt, Trajectory
 
@@ -90,13 +91,17 @@ class RolloutWorker:
     async def run_group(self, group: GroupRequest, sampling: GroupSampling) -> GroupResult:
         """All trajectories of a group, finished, unless told to stop."""
         runs = [self._one(group, sample, sampling) for sample in range(group.num_generations)]
-        trajectories = list(await asyncio.gather(*runs))
-        return GroupResult(trajectories, *self._incidents.take())
+        found = await asyncio.gather(*runs)
+        took = [took for _, took in found if took is not None]
+        return GroupResult([t for t, _ in found], *self._incidents.take(), took)
 
-    async def _one(self, group: GroupRequest, sample: int, sampling: GroupSampling) -> Trajectory:
+    async def _one(
+        self, group: GroupRequest, sample: int, sampling: GroupSampling
+    ) -> tuple[Trajectory, Took | None]:
         begun = group.begun[sample] if group.begun else None
         if begun is not None and begun.finish_reason != "interrupted":
-            return begun
+            return begun, None
+        waits = Waits()
         with self._engines.lease() as engine:
             loop = AgentLoop(
                 self._chat,
@@ -106,14 +111,17 @@ class RolloutWorker:
                 self._limits,
                 is_stopping=lambda: self._is_stopping,
             )
-            return await loop.run(
+            trajectory = await loop.run(
                 group.prompt,
                 group.trajectory_id(sample),
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
                 seed=sampling.seed,
                 begun=begun,
+                waits=waits,
             )
+        lengths = len(trajectory.prompt_token_ids), len(trajectory.response_token_ids)
+        return trajectory, Took(waits.generate_s, waits.tools_s, *lengths)
 
     async def _grade(self, prompt: Prompt, text: str) -> float:
         return float(await asyncio.to_thread(self._grader, prompt, text))

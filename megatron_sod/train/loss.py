@@ -12,7 +12,12 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
-from megatron_sod.algorithm.policy_loss import clipped_surrogate, importance_ratio
+from megatron_sod.algorithm.policy_loss import (
+    MAX_LOG_RATIO,
+    clipped_rows,
+    clipped_surrogate,
+    importance_ratio,
+)
 from megatron_sod.config.schema import SodConfig
 from megatron_sod.model.gpt import PipelineModel
 from megatron_sod.ops import differentiable_divergence
@@ -40,17 +45,12 @@ def make_loss_fn(
     def loss_fn(hidden: torch.Tensor, batch: MicroBatch, number: int):
         credit = _part_of(credits[number], batch)
         stats = _divergence(model, teacher, hidden, batch, scores[number], config)
-        loss_R = clipped_surrogate(
-            stats.student_logprobs,
-            credit.old_logprobs,
-            credit.advantages,
-            clip_low=config.grpo.clip_low,
-            clip_high=config.grpo.clip_high,
-            dual_clip=config.grpo.dual_clip,
+        surrogate_R = clipped_surrogate(
+            stats.student_logprobs, credit.old_logprobs, credit.advantages, **_clips(config)
         )
-        loss_R = credit.importance * (loss_R + _distillation(stats, credit, config))
+        loss_R = credit.importance * (surrogate_R + _distillation(stats, credit, config))
         count = torch.tensor(batch.rows.numel(), device=hidden.device)
-        return loss_R.sum(), count, _collected(loss_R, stats, credit, config)
+        return loss_R.sum(), count, _collected(loss_R, surrogate_R, stats, credit, config)
 
     return loss_fn
 
@@ -96,14 +96,22 @@ def _distillation(stats, credit: TokenCredit, config: SodConfig) -> torch.Tensor
     return credit.distill_weights * divergence_R
 
 
-def _collected(loss_R, stats, credit: TokenCredit, config: SodConfig) -> dict[str, torch.Tensor]:
+def _clips(config: SodConfig) -> dict[str, float]:
+    return config.grpo.model_dump(include={"clip_low", "clip_high", "dual_clip"})
+
+
+def _collected(
+    loss_R, surrogate_R, stats, credit: TokenCredit, config: SodConfig
+) -> dict[str, torch.Tensor]:
     """Sums for the metrics, detached."""
-    log_ratio = stats.student_logprobs.detach() - credit.old_logprobs
-    ratio = log_ratio.exp()
-    outside = (ratio < 1 - config.grpo.clip_low) | (ratio > 1 + config.grpo.clip_high)
+    logprobs = stats.student_logprobs.detach()
+    log_ratio = (logprobs - credit.old_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    clipped, dual = clipped_rows(logprobs, credit.old_logprobs, credit.advantages, **_clips(config))
     return {
         "loss": loss_R.detach().double().sum(),
+        "pg_loss": surrogate_R.detach().double().sum(),
         "ppo_kl": -log_ratio.double().sum(),
-        "clip_fraction": outside.double().sum(),
+        "pg_clipfrac": clipped.double().sum(),
+        "pg_clipfrac_lower": dual.double().sum(),
         "rows": torch.tensor(float(loss_R.numel()), dtype=torch.float64, device=loss_R.device),
     }

@@ -15,7 +15,7 @@ from megatron_sod.types import TokenCredit, TokenScores, TrainingBatch
 if TYPE_CHECKING:
     from megatron_sod.session import Session
 
-_SUMS = ("loss", "ppo_kl", "clip_fraction", "rows")
+_SUMS = ("loss", "pg_loss", "ppo_kl", "pg_clipfrac", "pg_clipfrac_lower", "rows")
 
 
 def learning_rate(train: TrainConfig, num_steps_done: int) -> float:
@@ -58,10 +58,8 @@ def update(
     for group in (groups.dp_cp, groups.pp):
         dist.all_reduce(sums, group=group)
     rows = max(float(sums[-1]), 1.0)  # none when no score was a finite number
-    return {
-        "actor/loss": float(sums[0]) / rows,
-        "actor/ppo_kl": float(sums[1]) / rows,
-        "actor/pg_clipfrac": float(sums[2]) / rows,
+    means = {f"actor/{name}": float(sums[place]) / rows for place, name in enumerate(_SUMS[:-1])}
+    return means | {
         "actor/grad_norm": max(grad_norms),
         "actor/steps_skipped": float(num_skipped),
         "actor/lr": lr,

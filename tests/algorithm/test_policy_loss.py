@@ -8,7 +8,11 @@ import math
 import pytest
 import torch
 
-from megatron_sod.algorithm.policy_loss import clipped_surrogate, importance_ratio
+from megatron_sod.algorithm.policy_loss import (
+    clipped_rows,
+    clipped_surrogate,
+    importance_ratio,
+)
 
 
 def _loss(advantages, ratios, **options):
@@ -38,6 +42,30 @@ def test_worked_examples(advantage, ratio, loss, gradient):
     found, slope = _loss([advantage], [ratio])
     assert float(found) == pytest.approx(loss, rel=1e-12)
     assert float(slope) == pytest.approx(gradient, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("advantage", "ratio", "is_clipped", "is_dual"),
+    [
+        (0.8, 1.5, True, False),
+        (0.8, 0.5, False, False),  # outside the interval, where the plain term decides
+        (-2, 1.5, False, False),
+        (-2, 0.5, True, False),
+        (-2, 4, False, True),  # 8 > 6
+        (2, 4, True, False),
+        (0.0, 7.0, False, False),
+        (-2, 1.0, False, False),
+    ],
+)
+def test_a_row_counts_as_clipped_where_the_clip_decides_its_loss(
+    advantage, ratio, is_clipped, is_dual
+):
+    old = torch.zeros(1, dtype=torch.float64)
+    new = torch.tensor([ratio], dtype=torch.float64).log()
+    clipped, dual = clipped_rows(
+        new, old, torch.tensor([float(advantage)]), clip_low=0.2, clip_high=0.28, dual_clip=3.0
+    )
+    assert (bool(clipped), bool(dual)) == (is_clipped, is_dual)
 
 
 def test_at_ratio_one_the_loss_is_minus_the_advantage():

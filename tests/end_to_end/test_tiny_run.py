@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from megatron_sod.data.tiny_models import STUDENT, TEACHER, write_tiny_model
+from megatron_sod.observe.reference_names import REFERENCE_NAMES
 from megatron_sod.observe.watchdog import SIGNALS
 from tests.helpers.launch import end, marker_of, processes_of, run, start
 
@@ -227,3 +228,16 @@ def test_every_signal_of_the_watchdog_is_measured(finished_run):
     row = json.loads((finished_run / "metrics.jsonl").read_text().splitlines()[-1])
     assert row["sandbox/level"] in (1, 2, 3)  # never L0, which must be permitted explicitly
     assert {signal.metric for signal in SIGNALS} <= row.keys()
+
+
+def test_a_row_has_every_name_a_dashboard_of_the_reference_looks_for(finished_run):
+    row = json.loads((finished_run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert set(REFERENCE_NAMES) <= row.keys()
+    assert {"actor/pg_loss", "actor/pg_clipfrac", "actor/pg_clipfrac_lower", "actor/ppo_kl",
+            "actor/grad_norm", "actor/token_kl/mean", "num_turns/mean", "perf/throughput",
+            "timing_per_token_ms/gen", "val-aux/num_turns/mean"} <= row.keys()  # fmt: skip
+    (name,) = [name for name in row if name.startswith("val-core/tiny_world/acc/mean@")]
+    assert row[name] == pytest.approx(row["eval/student_success"])
+    assert row["tool/calls"] == pytest.approx(
+        row["rollout/tool_calls_avg"] * 8 * (1 - row["rollout/infra_error_rate"])
+    )  # four prompts, two trajectories each

@@ -85,6 +85,8 @@ def test_every_prompt_is_sampled_for_every_seed_and_reported(model, tmp_path):
     overall = report["overall"]
     assert overall["avg@3"] == pytest.approx(1 / 3) and overall["pass"]["3"] == 1.0
     assert overall["maj"]["3"] == 0.0 and len(overall["per_seed"]) == 2
+    assert report["scalars"]["val-core/tiny_world/acc/mean@3"] == pytest.approx(1 / 3)
+    assert report["scalars"]["val-core/tiny_world/acc/best@3/mean"] == 1.0
     stored = json.loads((tmp_path / "report.json").read_text())
     assert stored["overall"] == overall and len(stored["protocol_hash"]) == 12
     rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").open()]

@@ -7,8 +7,9 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_sod.types import Step
+from megatron_sod.types import Prompt, Step
 from tests.helpers.tiny import synthetic_trajectories
+from tests.helpers.tokenizers import tiny_tokenizer
 
 runner = pytest.importorskip("megatron_sod.eval.runner", reason="needs ray, which rollouts run on")
 
@@ -68,12 +69,50 @@ def test_an_evaluation_samples_as_configured():
             return _graded(1.0, 0.0)
 
     config = sod_config("s", "t", eval={"num_samples": 2, "temperature": 0.8, "top_p": 0.6})
-    result = runner.evaluate(Controller(), ["p"], config, model="teacher", iteration=0)
+    prompts = [_prompt("p:0", "tiny_world")]
+    result = runner.evaluate(
+        Controller(), prompts, config, tiny_tokenizer(), model="teacher", iteration=0
+    )
     assert asked == {
-        "prompts": ["p"],
+        "prompts": prompts,
         "tag": "eval-teacher-0",
         "num_generations": 2,
         "temperature": 0.8,
         "top_p": 0.6,
     }
     assert (result.model, result.num_prompts, result.num_samples) == ("teacher", 1, 2)
+
+
+def _prompt(prompt_id, source):
+    return Prompt(prompt_id, [1, 2], "7", source)
+
+
+def _answer(text, score):
+    ids = tiny_tokenizer()(f"\\boxed{{{text}}}<|im_end|>")["input_ids"]
+    (plain,) = _graded(score)
+    return replace(plain, response_token_ids=ids, step_ids=[1] * len(ids),
+                   loss_mask=[True] * len(ids), steps=(Step(1, "none", len(ids)),))  # fmt: skip
+
+
+def test_each_source_of_a_mixed_benchmark_is_reported_for_itself():
+    from tests.helpers.tiny import sod_config
+
+    answers = [("7", 1.0), ("3", 0.0), ("7", 1.0)], [("1", 0.0), ("1", 0.0), ("7", 1.0)]
+    prompts = [_prompt("a:0", "aime2024"), _prompt("g:0", "gpqa"), _prompt("a:1", "aime2024")]
+
+    class Controller:
+        def rollout(self, prompts, **options):
+            chosen = (answers[0], answers[1], answers[1])
+            return [_answer(*answer) for group in chosen for answer in group]
+
+    config = sod_config("s", "t", eval={"num_samples": 3})
+    result = runner.evaluate(
+        Controller(), prompts, config, tiny_tokenizer(), model="student", iteration=3
+    )
+    aime, gpqa = result.sources["aime2024"], result.sources["gpqa"]
+    assert result.success == pytest.approx(4 / 9)
+    assert (aime["num_prompts"], aime["avg@3"]) == (2, pytest.approx(0.5))
+    assert (gpqa["num_prompts"], gpqa["avg@3"]) == (1, pytest.approx(1 / 3))
+    assert aime["pass"]["3"] == gpqa["pass"]["3"] == 1.0
+    # votes: 7 7 3 is right, 1 1 7 is wrong
+    assert (aime["maj"]["3"], gpqa["maj"]["3"]) == (0.5, 0.0)

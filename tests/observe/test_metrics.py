@@ -57,7 +57,20 @@ def test_outcomes_are_shares_of_steps_that_called_a_tool():
     # ok, user_error, ok, malformed
     assert (m["tool/ok_rate"], m["tool/user_error_rate"]) == (0.5, 0.25)
     assert (m["tool/malformed_rate"], m["tool/timeout_rate"]) == (0.25, 0.0)
-    assert sum(value for name, value in m.items() if name.startswith("tool/")) == 1.0
+    shares = {name: m[name] for name in m if name.startswith("tool/") and name.endswith("_rate")}
+    assert shares.pop("tool/infra_error_rate") == 0.2  # of all five calling steps
+    assert sum(shares.values()) == 1.0
+    assert m["tool/calls"] == 5.0 and m["rollout/tool_success_avg"] == 2 / 4
+
+
+def test_lengths_and_turns_have_ends():
+    m = rollout_metrics(TRAJECTORIES)
+    assert (m["rollout/num_turns_max"], m["rollout/num_turns_min"]) == (3.0, 1.0)
+    assert (m["rollout/response_length_max"], m["rollout/response_length_min"]) == (14.0, 2.0)
+    assert (m["rollout/tool_calls_max"], m["rollout/reward_min"]) == (2.0, 0.0)
+    assert m["rollout/observation_tokens"] == (6 + 2) / 4  # the rest the student wrote
+    assert m["rollout/response_length"] == m["rollout/student_tokens"] + 2.0
+    assert m["rollout/total_tokens"] == m["rollout/tokens"] + 5 * 3  # and the prompts
 
 
 @pytest.mark.parametrize("trajectories", [[], TRAJECTORIES[-1:]])
@@ -84,6 +97,7 @@ def test_weights_and_divergences_are_summarised_over_scored_steps():
     assert m["sod/d_step_1"] == pytest.approx(0.4) and m["sod/d_step_2"] == 1.5
     assert m["sod/w_step_3"] == pytest.approx(1.2) and "sod/d_step_4" not in m
     assert m["sod/w_p50"] == 1.0
+    assert m["sod/d_1_mean"] == 0.3  # of the one trajectory these rows name
     assert m["sod/w_p5"] == pytest.approx(0.1 + 0.15 * 0.9)  # a fifth of the way is 0.15 of a gap
 
 
@@ -110,12 +124,29 @@ def test_reward_is_that_of_valid_trajectories_only():
 
 def test_the_two_parts_of_the_advantage_are_compared():
     sums = {"group_advantage_abs": 2.0, "opd_abs": 6.0, "log_ratio_squared": 8.0, "kl_k1": 4.0}
-    records = IterationRecords([], [], {"rows": 4.0, **sums}, {"r": 0.5, "-r": 3.0})
+    records = IterationRecords(
+        [], [], {"rows": 4.0, **sums}, {"r": 0.5, "-r": 3.0, "advantage": 2.0, "-advantage": 4.0}
+    )
     m = credit_metrics(records, grpo_coef=0.5)
     assert (m["sod/grpo_abs_mean"], m["sod/opd_abs_mean"]) == (0.25, 1.5)
     assert m["sod/opd_to_grpo_ratio"] == 6.0
     assert (m["sod/r_max"], m["sod/r_min"], m["sod/r_std"]) == (0.5, -3.0, 1.0)  # 2 - 1^2
+    assert (m["actor/advantage_max"], m["actor/advantage_min"]) == (2.0, -4.0)
     assert m["actor/kl_k1"] == 1.0 and "actor/log_ratio_squared" not in m
+
+
+def test_the_anchor_is_the_first_scored_step():
+    records = _records([])
+    records.step_rows += [
+        {"trajectory": t, "step": k, "d_k": d, "w_k": 1.0}
+        for t, k, d in (("a", 1, 0.5), ("a", 2, 9.0), ("b", 3, 4.0), ("b", 2, 1.5))
+    ]
+    assert credit_metrics(records)["sod/d_1_mean"] == 1.0  # 0.5 and 1.5
+
+
+def test_tokens_of_the_data_parallel_ranks_are_compared():
+    m = credit_metrics(IterationRecords([], [], {"rows": 4.0}, rank_tokens=[60, 100]))
+    assert (m["rollout/rank_tokens"], m["rollout/rank_tokens_max"]) == (80.0, 100.0)
 
 
 def test_lost_trajectories_are_counted_not_averaged():

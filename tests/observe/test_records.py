@@ -101,10 +101,11 @@ def test_without_a_teacher_there_are_rows_but_no_divergences(parts):
         "rows": 5.0,
         "student_entropy": 5.0,
         "engine_gap": 5.0,
+        "group_advantage": 0.5,  # three rows of 0.5 and two of -0.5
         "group_advantage_abs": 2.5,
         "advantage": -5.0,
     }
-    assert records.maxima == {} and records.counts == {"nonfinite_trajectories": 0.0}
+    assert "r" not in records.maxima and records.counts == {"nonfinite_trajectories": 0.0}
     assert records.trajectory_rows[0]["log_ratios"] == [] == records.trajectory_rows[0]["d"]
 
 
@@ -115,16 +116,19 @@ def test_importance_weights_are_summed_and_their_largest_kept_only_when_they_are
     options = {"iteration": 4, "num_trajectories_kept": 0}
     records = local_records(*parts, **options, importance_cap=2.0)
     assert (records.sums["importance"], records.sums["importance_clipped"]) == (7.0, 2.0)
-    assert records.maxima["importance_max"] == 2.0
+    assert (records.maxima["importance"], records.maxima["-importance"]) == (2.0, -0.5)
     unused = local_records(*parts, **options)
-    assert "importance" not in unused.sums and "importance_max" not in unused.maxima
+    assert "importance" not in unused.sums and "importance" not in unused.maxima
 
 
 def test_the_ends_of_the_log_ratio_and_lost_trajectories_are_kept(parts):
     batch, *rest = parts
     batch = replace(batch, num_nonfinite=3, is_taught=torch.tensor([True, False]))
     records = _records((batch, *rest))
-    assert records.maxima == {"r": 0.5, "-r": 30.0}
+    assert (records.maxima["r"], records.maxima["-r"]) == (0.5, 30.0)
+    assert (records.maxima["advantage"], records.maxima["-advantage"]) == (-0.5, 2.0)
+    assert records.maxima["group_advantage"] == records.maxima["-group_advantage"] == 0.5
+    assert records.rank_tokens == [5 + 6]  # with prompts of three tokens each
     assert records.counts == {"nonfinite_trajectories": 3.0, "untaught_trajectories": 1.0}
     # -.5 .5 0 -30 .25
     assert records.sums["log_ratio_squared"] == pytest.approx(900.5625)

@@ -11,6 +11,7 @@ import pytest
 
 from megatron_sod.errors import RolloutError
 from megatron_sod.rollout.groups import GroupBoard, GroupRequest, GroupResult
+from megatron_sod.rollout.waiting import Took
 from megatron_sod.types import Prompt
 from tests.helpers.tiny import synthetic_trajectories
 
@@ -32,6 +33,7 @@ def _result(group, *reasons):
             for i, reason in enumerate(reasons)
         ],
         Counter(sandbox_retries=1),
+        took=[Took(1.0, 0.5, 2, 7)] * SIZE,
     )
 
 
@@ -52,6 +54,7 @@ def test_results_come_in_the_order_asked_for_whatever_order_they_end_in():
         board.finish(index, _result(groups[index]))
     assert _ids(board.result().trajectories) == _all_ids(groups)
     assert board.counts == {"sandbox_retries": 4}
+    assert len(board.result().took) == 4 * SIZE
 
 
 @pytest.mark.parametrize(("bound", "expected"), [(1, 1), (3, 1), (5, 1), (6, 2), (100, 4)])
