@@ -33,6 +33,26 @@ def chromium() -> str | None:
     return next((path for name in NAMES if (path := shutil.which(name))), None)
 
 
+# [x, y, area] of an element in sight, the same in three frames: sizes are observed after a frame's
+# own callbacks, so two equal frames may both be from before.
+_BOX_AT_REST = """
+async (selector) => {
+  let last = "", still = 0;
+  for (let i = 0; i < 600 && still < 3; i++) {
+    const e = document.querySelector(selector);
+    if (!e) return null;
+    e.scrollIntoView({block: 'center', behavior: 'instant'});
+    const b = e.getBoundingClientRect();
+    const now = JSON.stringify([b.x + b.width / 2, b.y + b.height / 2, b.width * b.height]);
+    still = now === last ? still + 1 : 0;
+    last = now;
+    await new Promise(requestAnimationFrame);
+  }
+  return still < 3 ? null : JSON.parse(last);
+}
+"""
+
+
 class BrowserError(AssertionError):
     """A script of the page failed, or what was waited for did not come."""
 
@@ -105,13 +125,9 @@ class Page:
         raise BrowserError(f"waited {timeout_s} s in vain for: {script}; errors: {self.errors}")
 
     def click(self, selector: str) -> None:
-        """Press the middle of the first element that matches, as a mouse would."""
-        box = self.run(
-            f"(() => {{ const e = document.querySelector({json.dumps(selector)});"
-            "if (!e) return null; e.scrollIntoView({block: 'center'});"
-            "const b = e.getBoundingClientRect();"
-            "return [b.x + b.width / 2, b.y + b.height / 2, b.width * b.height]; })()"
-        )
+        """Press the middle of the first element that matches, as a mouse would, once it lies
+        still: charts are drawn a frame after their page and push what is below them down."""
+        box = self.run(f"({_BOX_AT_REST})({json.dumps(selector)})")
         if not box or not box[2]:
             raise BrowserError(f"nothing to click at {selector!r}")
         for kind in ("mouseMoved", "mousePressed", "mouseReleased"):
