@@ -38,9 +38,7 @@ def test_every_job_fits_its_machines(path):
 @pytest.mark.parametrize("student", ["qwen3-0.6b", "qwen3-1.7b"])
 def test_both_students_have_a_configuration_of_every_method(student):
     found = {_load(p).method for p in TRAINED if f"_{student}_" in p.name and p.name[:3] != "sft"}
-    ablations = {"sod_no_cap", "sod_running_clip", "sod_heuristic", "sod_mask_after_wrong"}
-    assert found >= set(PRESETS) - ablations
-    assert found >= set(PRESETS) or student == "qwen3-0.6b"  # the paper ablates the larger one
+    assert found >= set(PRESETS)
     assert any(p.name.startswith(f"sft_{student}") for p in TRAINED)
 
 

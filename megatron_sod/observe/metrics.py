@@ -134,6 +134,8 @@ def _advantage_metrics(means: dict, grpo_coef: float) -> dict[str, float]:
     if "log_ratio_squared" in means:
         variance = means.pop("log_ratio_squared") - means["kl_k1"] ** 2
         metrics["sod/r_std"] = max(variance, 0.0) ** 0.5
+    if "log_ratio_extreme" in means:
+        metrics["sod/frac_r_beyond_10"] = means.pop("log_ratio_extreme")
     if "log_ratio_clipped" in means:
         metrics["sod/r_clip_frac"] = means["log_ratio_clipped"]
     return metrics

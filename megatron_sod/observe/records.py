@@ -19,6 +19,8 @@ from megatron_sod.types import (
     TrainingBatch,
 )
 
+EXTREME_LOG_RATIO = 10.0  # nats: the student found a token 22,000 times likelier than the teacher
+
 
 @dataclass
 class IterationRecords:
@@ -227,6 +229,7 @@ def _sums(
         add("log_ratio_squared", log_ratio.square())
         add("kl_k3", log_ratio.exp() - 1 - log_ratio)
         add("reverse_kl", score.reverse_kl)
+        add("log_ratio_extreme", log_ratio.abs() > EXTREME_LOG_RATIO)
         add("opd_abs", (credit.distill_weights * credit.log_ratios).abs())
         add("log_ratio_clipped", (credit.log_ratios != log_ratio) & (credit.distill_weights > 0))
     return sums

@@ -47,6 +47,13 @@ SIGNALS = (
     Signal("min_entropy_share", "actor/student_entropy", "student entropy", "below", "start"),
     Signal("max_grad_norm_ratio", "actor/grad_norm", "gradient norm", "above", "recent"),
     Signal("min_step_weight", "sod/w_mean", "mean step weight w_k", "below", "fixed"),
+    Signal(
+        "max_extreme_ratio_share",
+        "sod/frac_r_beyond_10",
+        "share of log-ratios beyond 10 nats",
+        "above",
+        "fixed",
+    ),
     Signal("max_divergence_share", "sod/d_mean", "mean step divergence d_k", "above", "start"),
     Signal(
         "min_teacher_mass_share",

@@ -25,6 +25,7 @@ OTHER_SIGNALS = (
     "min_entropy_share",
     "max_grad_norm_ratio",
     "min_step_weight",
+    "max_extreme_ratio_share",
     "max_divergence_share",
     "min_teacher_mass_share",
 )

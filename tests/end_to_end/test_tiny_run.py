@@ -18,6 +18,7 @@ import torch
 from megatron_sod.data.tiny_models import STUDENT, TEACHER, write_tiny_model
 from megatron_sod.observe.reference_names import REFERENCE_NAMES
 from megatron_sod.observe.watchdog import SIGNALS
+from tests.docs.metric_names import undocumented
 from tests.helpers.launch import end, marker_of, processes_of, run, start
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(900)]
@@ -241,3 +242,8 @@ def test_a_row_has_every_name_a_dashboard_of_the_reference_looks_for(finished_ru
     assert row["tool/calls"] == pytest.approx(
         row["rollout/tool_calls_avg"] * 8 * (1 - row["rollout/infra_error_rate"])
     )  # four prompts, two trajectories each
+
+
+def test_every_scalar_of_a_run_is_explained(finished_run):
+    rows = [json.loads(line) for line in (finished_run / "metrics.jsonl").open()]
+    assert undocumented({name for row in rows for name in row}) == set()

@@ -88,6 +88,7 @@ def test_sums_are_over_rows(parts):
     assert sums["rows"] == 5 and sums["kl_k1"] == pytest.approx(29.75)
     assert (sums["student_entropy"], sums["teacher_entropy"]) == (5.0, 10.0)
     assert sums["reverse_kl"] == 15.0 and sums["log_ratio_clipped"] == 1.0
+    assert sums["log_ratio_extreme"] == 1.0  # -30
     assert sums["opd_abs"] == pytest.approx(0.5 + 0.5 + 0 + 10 + 0.25)
 
 

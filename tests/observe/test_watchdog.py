@@ -18,6 +18,7 @@ HEALTHY = {
     "actor/student_entropy": 0.6,
     "actor/grad_norm": 0.5,
     "sod/w_mean": 0.8,
+    "sod/frac_r_beyond_10": 0.002,
     "sod/d_mean": 0.3,
     "actor/teacher_mass": 0.7,
 }
@@ -69,6 +70,7 @@ def test_healthy_training_raises_nothing():
         ("actor/student_entropy", 0.02, "min_entropy_share"),
         ("actor/grad_norm", 66.99, "max_grad_norm_ratio"),
         ("sod/w_mean", 0.01, "min_step_weight"),
+        ("sod/frac_r_beyond_10", 0.2, "max_extreme_ratio_share"),
         ("sod/d_mean", 2.0, "max_divergence_share"),
         ("actor/teacher_mass", 0.1, "min_teacher_mass_share"),
     ],

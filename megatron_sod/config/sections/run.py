@@ -86,6 +86,9 @@ class WatchdogConfig(Section):
         10.0, gt=0, description="against the median of the last 20 iterations"
     )
     min_step_weight: float | None = Field(0.1, ge=0, description="mean w_k")
+    max_extreme_ratio_share: float | None = Field(
+        0.05, ge=0, le=1, description="of tokens whose log-ratio is beyond 10 nats"
+    )
     max_divergence_share: float | None = Field(3.0, gt=0, description="mean d_k")
     min_teacher_mass_share: float | None = Field(
         0.5, ge=0, description="mean teacher probability of the tokens the student sampled"

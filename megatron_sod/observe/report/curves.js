@@ -75,8 +75,22 @@ function successPanel(runs) {
     "band: 95 % interval", lineChart("Success on held-out tasks", series, { ...share, height: 220 }));
 }
 
+/** Accuracy of each benchmark, where the held-out tasks are of several. */
+function benchmarkPanel(runs) {
+  const series = runs.flatMap((run, r) => {
+    const rows = run.meta.evals.filter((row) => row.model === "student" && row.sources);
+    const names = [...new Set(rows.flatMap((row) => Object.keys(row.sources)))].sort();
+    return names.length < 2 ? [] : names.map((name, i) => ({
+      name: runs.length > 1 ? `${name} · ${"AB"[r]}` : name, dashed: r === 1,
+      x: rows.map((row) => row.iteration), colour: COLOURS[i % COLOURS.length],
+      y: rows.map((row) => row.sources[name]?.[`avg@${row.sources[name].num_samples}`] ?? NaN) }));
+  });
+  return series.length === 0 ? null : card("Success by benchmark", "mean over samples",
+    lineChart("Success by benchmark", series, { ...share, height: 220 }));
+}
+
 function outcomePanel(run) {
-  const names = run.meta.metric_names.filter((name) => /^tool\/.*_rate$/.test(name));
+  const names = run.meta.metric_names.filter((name) => /^tool\/(?!infra).*_rate$/.test(name));
   const used = names.filter((name) => run.metric(name).some((value) => value > 0));
   if (!used.length) return null;
   const short = (name) => name.slice(5, -5);
@@ -103,7 +117,8 @@ function curvesView(app) {
   const drawOwn = () => own.replaceChildren(chosen ? lineChart(chosen,
     metricSeries(app.runs, [chosen], smoothing)) : "no metrics were logged");
   const draw = () => {
-    const panels = [successPanel(app.runs), ...PANELS.map((p) => metricPanel(app.runs, p, smoothing)),
+    const panels = [successPanel(app.runs), benchmarkPanel(app.runs),
+      ...PANELS.map((p) => metricPanel(app.runs, p, smoothing)),
       ...app.runs.flatMap((run, r) => [outcomePanel(run), phasePanel(run)].filter(Boolean).map(
         (panel) => {
           if (app.runs.length > 1) panel.firstChild.append(` · run ${"AB"[r]}`);
@@ -120,7 +135,7 @@ function curvesView(app) {
         smoothing = +event.target.value;
         draw();
       } }))), grid,
-    card("Any metric", "everything that metrics.jsonl holds", h("div", { class: "bar-of-fields" },
+    card("Any metric", "all of metrics.jsonl under our names", h("div", { class: "bar-of-fields" },
       select("metric", names.map((name) => [name, name]), chosen, (name) => {
         chosen = name;
         drawOwn();

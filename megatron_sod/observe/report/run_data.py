@@ -16,6 +16,7 @@ import yaml
 from megatron_sod.errors import DataError
 from megatron_sod.observe.metrics import ERROR_OUTCOMES
 from megatron_sod.observe.patterns import PATTERNS, RULES
+from megatron_sod.observe.reference_names import REFERENCE_NAMES
 from megatron_sod.observe.report.step_table import StepTable, read_step_table
 from megatron_sod.observe.report.text_table import text_columns
 from megatron_sod.observe.run_dir import read_rows
@@ -95,8 +96,9 @@ def _table(steps: StepTable) -> Columns:
 
 
 def _metrics(rows: list[dict]) -> tuple[list[str], Columns]:
-    """Names, and one float32 matrix [names, I] flattened; NaN where a row lacks the name."""
-    names = sorted({name for row in rows for name in row} - {"iteration"})
+    """Names, and one float32 matrix [names, I] flattened; NaN where a row lacks the name. What
+    stands under one of our names as well is not shown twice."""
+    names = sorted({name for row in rows for name in row} - {"iteration", *REFERENCE_NAMES})
     matrix = np.full((len(names), len(rows)), np.nan, np.float32)
     for column, row in enumerate(rows):
         for place, name in enumerate(names):

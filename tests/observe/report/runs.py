@@ -82,7 +82,8 @@ def small_run(run: Path, *, iterations: int = 3, policy: str = "sod") -> Path:
     """Metrics, evaluations, a summary and one trajectory per iteration."""
     run.mkdir(parents=True)
     lines(run / "metrics.jsonl", [metrics_row(i) for i in range(1, iterations + 1)])
-    evaluation = {"success": 0.5, "interval": [0.4, 0.6], "num_prompts": 9}
+    sources = {name: {"num_samples": 1, "avg@1": x} for name, x in (("aime", 0.25), (EVIL, 1.0))}
+    evaluation = {"success": 0.5, "interval": [0.4, 0.6], "num_prompts": 9, "sources": sources}
     lines(
         run / "evals.jsonl",
         [

@@ -103,7 +103,7 @@ def test_every_tab_shows_what_it_promises(open_page):
         assert words in _text(page)
     _tab(page, "curves")
     page.until("document.querySelectorAll('main svg path.line').length > 3")
-    for title in ("Memory", "Tool outcomes", "Reward of rollouts"):
+    for title in ("Memory", "Tool outcomes", "Reward of rollouts", "Success by benchmark"):
         assert title in _text(page)
 
 
