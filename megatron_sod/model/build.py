@@ -20,6 +20,7 @@ from megatron.core.transformer.transformer_block import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_sod.config.schema import ParallelConfig
+from megatron_sod.convert.layout import sharding_of
 from megatron_sod.model.geometry import Geometry
 from megatron_sod.model.gpt import HiddenStateGPT, PipelineModel
 from megatron_sod.model.layers import PackedCausalAttention, RMSNorm
@@ -175,5 +176,10 @@ def build_model(
             vp_stage=vp_stage,
         )
         chunk.rotary_pos_emb.inv_freq = inverse_frequencies(geometry)
+        for name, parameter in chunk.named_parameters():
+            if sharding_of(name) == "expert":
+                # As Megatron marks them if they are spread: experts have an optimizer of their own
+                # then, and checkpoints of all layouts the same names.
+                parameter.allreduce = False  # type: ignore[attr-defined]
         chunks.append(chunk.to(device()))
     return PipelineModel(chunks, groups, real_vocab_size=geometry.vocab_size)
