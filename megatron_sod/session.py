@@ -117,9 +117,10 @@ def open_session(config: SodConfig) -> Iterator[Session]:
         resume_from = _resume_from(config, checkpoints)
         loggers = _open_folder(config, run_dir, closing, is_fresh=resume_from is None)
         controller = teacher_controller = None
+        machines = state.machines(config.cluster.gpus_per_node)
         if dist.get_rank() == 0 and config.rollout.replay is None:
             controller, teacher_controller = _start_engines(
-                config, inputs, run_dir, watch, stop, closing
+                config, inputs, machines, run_dir, watch, stop, closing
             )
         residency = Residency()
         student, teacher = _open_models(config, inputs, groups, residency)
@@ -162,7 +163,13 @@ def open_session(config: SodConfig) -> Iterator[Session]:
 
 
 def _start_engines(
-    config: SodConfig, inputs: Inputs, run_dir: RunDir, watch: Watch, stop: StopRequest, closing
+    config: SodConfig,
+    inputs: Inputs,
+    machines: list[str],
+    run_dir: RunDir,
+    watch: Watch,
+    stop: StopRequest,
+    closing: contextlib.ExitStack,
 ) -> tuple[RolloutController, RolloutController | None]:
     """The student's engines, and the teacher's if it is to be evaluated; they start meanwhile."""
     from megatron_sod.rollout.controller import RolloutController  # a replay needs no Ray
@@ -173,12 +180,16 @@ def _start_engines(
     watch.on_abort.append(stop_ray)
     stop.on_stop_now.append(stop_ray)
     student = RolloutController(
-        config, config.student, load_weights=False, vocab_size=inputs.vocab_size
+        config,
+        config.student,
+        load_weights=False,
+        vocab_size=inputs.vocab_size,
+        machines=machines,
     )
     closing.callback(student.close)
     teacher = None
     if config.eval.teacher and config.teacher and not _teacher_is_evaluated(run_dir):
-        teacher = RolloutController(config, config.teacher, load_weights=True)
+        teacher = RolloutController(config, config.teacher, load_weights=True, machines=machines)
     return student, teacher
 
 
@@ -284,6 +295,7 @@ def _weight_sync(
         geometry,
         controller.engine_control() if controller else None,
         canaries=canaries,
+        is_colocated=config.rollout.placement == "colocated",
         trainer_logprobs=lambda sequences: trainer_logprobs(student.model, sequences),
         config=config.transfer,
     )

@@ -146,8 +146,6 @@ def _roles(config: SodConfig) -> Iterator[str]:
         yield "reward.kind import needs reward.function, e.g. my_rewards:grade"
     if config.rollout.replay is not None:
         yield from _replay(config, config.rollout.replay)
-    if config.rollout.placement == "disaggregated":
-        yield "rollout.placement disaggregated is not supported yet; use colocated"
     if config.eval.teacher and config.teacher is None:
         yield "eval.teacher needs a teacher section"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
@@ -109,6 +110,13 @@ def release_groups() -> None:
     parallel_state.destroy_model_parallel()
     for group in groups.values():
         dist.destroy_process_group(group)
+
+
+def machines(ranks_per_machine: int) -> list[str]:
+    """Host names in the order of the ranks. A collective."""
+    hosts: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(hosts, socket.gethostname())
+    return hosts[::ranks_per_machine]
 
 
 def shutdown() -> None:

@@ -21,9 +21,10 @@ from megatron_sod.plan.memory import (
     stage_of,
 )
 from megatron_sod.plan.resident import HELD_IN
-from megatron_sod.plan.roles import Role, engine_gpus, trainer_roles
+from megatron_sod.plan.roles import Role, trainer_roles
 from megatron_sod.plan.simulate import IterationTimes, simulate
 from megatron_sod.plan.traffic import iteration_traffic
+from megatron_sod.rollout.placement import engine_places
 
 GIB = 2**30
 # One tokenizer is padded to 151936 or 152064 rows; a run compares tokenizers, a plan has none.
@@ -114,13 +115,10 @@ def _check_layout(job: Job) -> None:
 def _gpu_problems(job: Job) -> Iterator[str]:
     if job.rollout is None or job.hardware.memory_bytes is None:
         return
-    wanted, world = engine_gpus(job.rollout), job.world_size
-    if job.rollout.placement == "colocated" and wanted > world:
-        engine = job.rollout.engine
-        yield (
-            f"rollout: {engine.num_engines} colocated engines of {engine.tensor_parallel_size} "
-            f"GPU(s) need {wanted} GPUs, `cluster` has {world}; lower rollout.engine.num_engines"
-        )
+    try:
+        engine_places(job.cluster, job.rollout)
+    except ConfigError as error:
+        yield f"rollout: {error}"
 
 
 def _memory_problems(

@@ -27,6 +27,8 @@ class TransferSetup:
     bucket_bytes: int
     backend: str  # shared_memory | ipc | p2p
     timeout_s: float
+    # p2p: NCCL refuses two processes of one GPU, so colocated engines are reached through the host
+    through_host: bool = False
     is_kept: bool = False  # shared_memory: engines that start later can read what was sent
     folder: str = ""  # shared_memory, ipc: where the links lie
     address: str = ""  # p2p: the store's host and port, and this connection's name
@@ -61,6 +63,7 @@ class TransferSetup:
         """Open trainer rank `rank`'s end. p2p: returns when every member has joined."""
         sizes = _sizes(messages, self.torch_dtype, lambda message: message.destination)
         if self.backend == "p2p":
+            device = self._wire_device(device)
             group = self._join(rank, device)
             return PointToPointSender(group, self.trainer.world_size, _largest(sizes), device)
         return SlotSender(self.folder, rank, sizes, device=device, **self._slots)
@@ -71,9 +74,13 @@ class TransferSetup:
         """Open engine worker `destination`'s end."""
         sizes = _sizes(messages, self.torch_dtype, lambda message: message.source)
         if self.backend == "p2p":
+            device = self._wire_device(device)
             group = self._join(self.trainer.world_size + destination, device)
             return PointToPointReceiver(group, _largest(sizes), device)
         return SlotReceiver(self.folder, destination, sizes, device=device, **self._slots)
+
+    def _wire_device(self, device: torch.device) -> torch.device:
+        return torch.device("cpu") if self.through_host else device
 
     @property
     def _slots(self) -> dict[str, Any]:

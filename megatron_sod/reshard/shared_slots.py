@@ -23,6 +23,7 @@ from megatron_sod.reshard.transport import NUM_SLOTS, wait_until
 
 _HEADER_BYTES = 4096
 _CANCELLED = "cancelled"
+_STORAGE_DEVICE = 6  # place of the GPU's number among the arguments of rebuild_cuda_tensor
 _POSTED, _RELEASED, _SENDER_PID, _RECEIVER_PID, _ABORTED = range(5)
 
 
@@ -71,10 +72,11 @@ class Link:
         handle = self._path.with_suffix(".cuda")
         if self._is_sender:
             slots = torch.empty(self._starts[-1], dtype=torch.uint8, device=device)
-            handle.write_bytes(pickle.dumps(reduce_tensor(slots)))
+            handle.write_bytes(pickle.dumps((_gpu_uuid(slots.device.index), reduce_tensor(slots))))
             return slots
-        rebuild, arguments = pickle.loads(handle.read_bytes())
-        return rebuild(*arguments)
+        uuid, (rebuild, arguments) = pickle.loads(handle.read_bytes())
+        numbers = {_gpu_uuid(number): number for number in range(torch.cuda.device_count())}
+        return rebuild(*on_gpu_number(arguments, gpu_number(uuid, numbers)))
 
     def slot(self, number: int, num_bytes: int) -> torch.Tensor:
         start = self._starts[number % self.num_slots]
@@ -110,6 +112,30 @@ class Link:
     def remove(self) -> None:
         self._path.unlink(missing_ok=True)
         self._path.with_suffix(".cuda").unlink(missing_ok=True)
+
+
+def _gpu_uuid(number: int) -> str:
+    return str(torch.cuda.get_device_properties(number).uuid)
+
+
+def gpu_number(uuid: str, numbers: dict[str, int]) -> int:
+    """What this process calls the GPU that another process opened as `uuid`.
+
+    Raises:
+        WeightTransferError: the GPU is not visible here.
+    """
+    if uuid not in numbers:
+        raise WeightTransferError(
+            f"the trainer's GPU {uuid} is not visible to this engine ({len(numbers)} GPUs are), so "
+            "its memory cannot be mapped; give the engine's process all GPUs of the trainers in "
+            "CUDA_VISIBLE_DEVICES, or set transfer.backend p2p"
+        )
+    return numbers[uuid]
+
+
+def on_gpu_number(arguments: tuple, number: int) -> tuple:
+    """Arguments of torch's rebuild_cuda_tensor with the GPU's number in this process."""
+    return (*arguments[:_STORAGE_DEVICE], number, *arguments[_STORAGE_DEVICE + 1 :])
 
 
 class SlotSender:
@@ -189,7 +215,7 @@ class SlotReceiver:
         device: torch.device,
     ):
         """`sizes`: source -> bytes of each message from it."""
-        self._destination, self._timeout_s = destination, timeout_s
+        self._destination, self._timeout_s, self._device = destination, timeout_s, device
         self._is_kept = is_kept
         self._links = {
             source: Link(
@@ -218,7 +244,8 @@ class SlotReceiver:
             timeout_s=self._timeout_s,
             peer_failed=link.peer_failed,
         )
-        return link.slot(number, num_bytes)
+        # From another GPU in one copy: what reads it runs where the engine's weights are.
+        return link.slot(number, num_bytes).to(self._device)
 
     def release(self) -> None:
         source, _ = self._expected.pop()

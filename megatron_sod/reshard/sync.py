@@ -56,6 +56,7 @@ class WeightSync:
         config: TransferConfig,
         canaries: list[list[int]],
         trainer_logprobs: Callable[[list[list[int]]], list[list[float]]],
+        is_colocated: bool = True,
         refresh_tied_head: bool = True,
     ):
         """
@@ -63,12 +64,14 @@ class WeightSync:
             control: on rank 0, None elsewhere.
             canaries: token sequences scored by engine and trainer to prove a transfer.
             trainer_logprobs: collective; logprobs of each canary's tokens but the first.
+            is_colocated: engines may live on the trainers' GPUs.
             refresh_tied_head: False reproduces vLLM's stale head, for a test.
         Raises:
             WeightTransferError: an engine cannot be reached, or holds another model.
         """
         self._control, self._config = control, config
         self._canaries, self._trainer_logprobs = canaries, trainer_logprobs
+        self._is_colocated = is_colocated
         self._num_transfers = 0
         self._vllm = None
         if config.backend.startswith("vllm_"):
@@ -104,6 +107,7 @@ class WeightSync:
             dtype=str(model.config.params_dtype).removeprefix("torch."),
             bucket_bytes=self._config.bucket_mb << 20,
             timeout_s=self._config.timeout_s,
+            through_host=self._is_colocated,
             is_kept=self._config.keep_sent and self._meeting.place["backend"] == "shared_memory",
             **self._meeting.place,
         )

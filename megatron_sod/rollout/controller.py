@@ -36,6 +36,7 @@ class RolloutController:
         *,
         load_weights: bool,
         vocab_size: int | None = None,
+        machines: Sequence[str] = (),
     ):
         """Begins to start everything and returns; `wait_until_ready` blocks.
 
@@ -44,10 +45,13 @@ class RolloutController:
             load_weights: False leaves random weights, for engines that get theirs by transfer.
             vocab_size: ids the engines know, so that no other is sampled; None: the model's own.
                 Needs `load_weights` False.
+            machines: the host of each machine of the job; none: all engines are on this one.
         """
         start_ray()
         self._config = config
-        self.fleet = Fleet(config, model, load_weights=load_weights, vocab_size=vocab_size)
+        self.fleet = Fleet(
+            config, model, load_weights=load_weights, vocab_size=vocab_size, machines=machines
+        )
         self._vocab_size = vocab_size
         rollout = config.rollout
         self._max_in_flight = rollout.max_in_flight or (

@@ -7,16 +7,19 @@ import contextlib
 import os
 import time
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import ray
+import torch
 
 from megatron_sod.config.schema import EngineConfig, ModelConfig, SodConfig
 from megatron_sod.errors import EngineLost, RolloutError
 from megatron_sod.observe.progress import say
 from megatron_sod.rollout.agent_loop import SampledTurn, Sampling
 from megatron_sod.rollout.engine import Engine, EngineWeights, engine_environment
-from megatron_sod.rollout.ray_instance import get, log_folder
+from megatron_sod.rollout.placement import engine_places
+from megatron_sod.rollout.ray_instance import get, log_folder, on_machine
 from megatron_sod.rollout.worker import RolloutWorker
 
 _CALLS_AT_ONCE = 4096
@@ -62,9 +65,10 @@ class Fleet:
         *,
         load_weights: bool,
         vocab_size: int | None = None,
+        machines: Sequence[str] = (),
     ):
         """As RolloutController."""
-        self._config = config
+        self._config, self._machines = config, machines
         self._engine_options = _engine_options(config, model, load_weights, vocab_size)
         rollout = config.rollout
         self.weights: EngineWeights | None = None  # what the engines hold; None: from disk
@@ -196,12 +200,25 @@ class Fleet:
 
     def _new_engine(self, index: int) -> Any:
         actor = ray.remote(  # type: ignore[call-overload]
-            num_cpus=0,
-            max_concurrency=_CALLS_AT_ONCE,
-            runtime_env=engine_runtime(self._config.rollout.engine),
+            num_cpus=0, max_concurrency=_CALLS_AT_ONCE, **self._place_of(index)
         )(Engine).remote(self._engine_options)
         self._lifelines[actor.lifeline.remote()] = ("engine", index)
         return actor
+
+    def _place_of(self, index: int) -> dict[str, Any]:
+        """Environment, machine and GPUs of an engine's actor."""
+        runtime = engine_runtime(self._config.rollout.engine)
+        options: dict[str, Any] = {"runtime_env": runtime}
+        if torch.cuda.is_available():
+            cluster = self._config.cluster
+            place = engine_places(cluster, self._config.rollout)[index]
+            names = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+            runtime["env_vars"]["CUDA_VISIBLE_DEVICES"] = place.visible_devices(
+                cluster.gpus_per_node, names.split(",") if names else ()
+            )
+            if self._machines:
+                options["scheduling_strategy"] = on_machine(self._machines[place.machine])
+        return options
 
     def _new_worker(self, index: int) -> Any:
         engines = [RayEngine(engine) for engine in self.engines]

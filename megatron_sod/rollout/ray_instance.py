@@ -48,6 +48,21 @@ def stop_ray() -> None:
         ray.shutdown()
 
 
+def on_machine(host: str) -> Any:
+    """Scheduling strategy of an actor that must live on this host.
+
+    Raises:
+        RolloutError: no living Ray node has that name.
+    """
+    nodes = {node["NodeManagerHostname"]: node["NodeID"] for node in ray.nodes() if node["Alive"]}
+    if host not in nodes:
+        raise RolloutError(
+            f"engines belong on {host}, which is not in the Ray cluster ({', '.join(sorted(nodes))}"
+            "); start `ray start --address` on every machine torchrun runs on, with the same names"
+        )
+    return ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(nodes[host], soft=False)
+
+
 def get(references: Any, timeout_s: float, what: str) -> Any:
     """Results of calls to actors.
 

@@ -170,7 +170,6 @@ def test_a_missing_section_is_named_once_with_its_keys_to_come(write):
         (["ref_compat=true", "distill.step_weight.d_floor=0.1"], "no d_floor or w_min"),
         (["ref_compat=true", "distill.loss=jsd"], "sampled_advantage only"),
         (["reward.kind=import"], "needs reward.function"),
-        (["rollout.placement=disaggregated"], "not supported yet"),
         (["rollout.engine.quantization=fp8"], "quantization fp8 is not supported yet"),
         (["rollout.engine.lora_rank=8"], "lora_rank is not supported yet"),
         (["transfer.backend=vllm_ipc", "cluster.gpus_per_node=2"], "one trainer rank only"),

@@ -45,7 +45,8 @@ class EngineConfig(Section):
 
 class RolloutConfig(Section):
     placement: Literal["colocated", "disaggregated"] = Field(
-        "colocated", description="whether engines share the trainers' GPUs"
+        "colocated",
+        description="engines on the trainers' GPUs, or on those after them on every machine",
     )
     num_generations: int = Field(16, gt=1, description="trajectories per prompt (the group)")
     temperature: float = Field(1.0, gt=0, description="of sampling, scoring and the loss")
