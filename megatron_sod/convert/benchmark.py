@@ -81,7 +81,10 @@ def write_random_model(model: Path, out: Path, shard_bytes: int) -> None:
     model_type = {"Qwen3": "qwen3", "Qwen3Moe": "qwen3_moe", "Qwen2": "qwen2", "Llama": "llama"}
     config |= {"model_type": model_type[family], "dtype": "bfloat16"}
     (out / "config.json").write_text(json.dumps(config, indent=2))
-    write_hf_directory(out, _random_tensors(load_geometry(out)), out, max_shard_bytes=shard_bytes)
+    geometry = load_geometry(out)
+    contents = {name: (torch.bfloat16, shape) for name, shape in hf_shapes(geometry).items()}
+    tensors = _random_tensors(geometry)
+    write_hf_directory(out, contents, tensors, out, max_shard_bytes=shard_bytes)
 
 
 def _random_tensors(geometry: Geometry) -> Iterator[tuple[str, torch.Tensor]]:

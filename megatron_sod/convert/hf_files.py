@@ -1,17 +1,18 @@
-"""Reading and writing model directories in Hugging Face format, tensor by tensor."""
+"""Reading and writing model directories in Hugging Face format, block by block."""
 
 from __future__ import annotations
 
 import json
+import math
 import shutil
-from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
+from megatron_sod.convert.tensor_source import TensorSource, read_box
 from megatron_sod.errors import ModelError
 
 SIDE_FILES = (
@@ -28,7 +29,6 @@ SIDE_FILES = (
 )
 MAX_SHARD_BYTES = 5 * 10**9
 _INDEX = "model.safetensors.index.json"
-_OPEN_FILES = 2  # a layer may lie across two shards; more would keep more of them in memory
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -36,12 +36,13 @@ _DTYPES = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
 }
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+Contents = Mapping[str, tuple[torch.dtype, Sequence[int]]]
 
 
-class HfTensors:
-    """Lazy access to the tensors of a model directory; slices are read without the rest.
-
-    Files are memory-mapped, at most two at a time.
+class HfTensors(TensorSource):
+    """The tensors of a model directory; of each only the box asked for is read.
 
     Raises:
         ModelError: no safetensors there, a shard of the index is missing, or a file is cut short.
@@ -56,19 +57,18 @@ class HfTensors:
                 "safetensors (transformers: model.save_pretrained) first"
             )
         _check_index(self.directory)
-        self._entries: dict[str, tuple[Path, dict]] = {}
+        self._entries: dict[str, _Entry] = {}
         for path in files:
-            self._entries |= {name: (path, entry) for name, entry in _header(path).items()}
-        self._open: OrderedDict[Path, safe_open] = OrderedDict()
+            self._entries |= _entries(path)
 
     def names(self) -> list[str]:
         return list(self._entries)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._entry(name)["shape"])
+        return self._entry(name).shape
 
     def dtype(self, name: str) -> torch.dtype:
-        stored = self._entry(name)["dtype"]
+        stored = self._entry(name).dtype
         if stored not in _DTYPES:
             raise ModelError(
                 f"{self.directory}: tensor {name} is stored as {stored}; supported are "
@@ -76,33 +76,27 @@ class HfTensors:
             )
         return _DTYPES[stored]
 
-    def read(self, name: str, dim: int, start: int, length: int) -> torch.Tensor:
-        """Indices [start, start + length) along `dim`."""
-        self._entry(name)
-        view = self._handle(self._entries[name][0]).get_slice(name)
-        return view[start : start + length] if dim == 0 else view[:, start : start + length]
+    def box(self, name: str, start: Sequence[int], size: Sequence[int]) -> torch.Tensor:
+        entry = self._entry(name)
+        return read_box(entry.path, entry.offset, entry.shape, self.dtype(name), start, size)
 
-    def whole(self, name: str) -> torch.Tensor:
-        return self.read(name, 0, 0, self.shape(name)[0])
-
-    def _entry(self, name: str) -> dict:
+    def _entry(self, name: str) -> _Entry:
         if name not in self._entries:
             raise ModelError(
                 f"{self.directory}: tensor {name!r} is missing; the directory does not hold the "
                 "architecture its config.json names"
             )
-        return self._entries[name][1]
+        return self._entries[name]
 
-    def _handle(self, path: Path) -> safe_open:
-        if path not in self._open:
-            while len(self._open) >= _OPEN_FILES:
-                self._open.popitem(last=False)
-            try:
-                self._open[path] = safe_open(path, framework="pt")
-            except SafetensorError as error:
-                raise _broken(path, str(error)) from error
-        self._open.move_to_end(path)
-        return self._open[path]
+
+@dataclass(frozen=True)
+class _Entry:
+    """Where a tensor lies: its bytes begin at `offset` of the file."""
+
+    path: Path
+    offset: int
+    dtype: str
+    shape: tuple[int, ...]
 
 
 def _check_index(directory: Path) -> None:
@@ -117,8 +111,8 @@ def _check_index(directory: Path) -> None:
         )
 
 
-def _header(path: Path) -> dict[str, dict]:
-    """{tensor: dtype, shape, data_offsets} of a safetensors file, which must be complete."""
+def _entries(path: Path) -> dict[str, _Entry]:
+    """The tensors of a safetensors file, which must be complete."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -132,7 +126,12 @@ def _header(path: Path) -> dict[str, dict]:
     expected = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
     if size != expected:
         raise _broken(path, f"{size} bytes, its header describes {expected}")
-    return header
+    return {
+        name: _Entry(
+            path, 8 + length + entry["data_offsets"][0], entry["dtype"], tuple(entry["shape"])
+        )
+        for name, entry in header.items()
+    }
 
 
 def _broken(path: Path, reason: str) -> ModelError:
@@ -141,52 +140,82 @@ def _broken(path: Path, reason: str) -> ModelError:
 
 def write_hf_directory(
     out_dir: str | Path,
-    tensors: Iterable[tuple[str, torch.Tensor]],
+    contents: Contents,
+    blocks: Iterable[tuple[str, torch.Tensor]],
     side_files_from: str | Path,
     *,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Write safetensors shards (never more than one in memory) and copy config and tokenizer.
+    """Write safetensors shards, a block in memory at a time, and copy config and tokenizer.
 
-    `tensors` yields every HF tensor once, and leaves it alone afterwards. The index is written when
-    there are several shards.
+    Args:
+        contents: {HF tensor: (dtype, shape)} in the order of `blocks`.
+        blocks: (HF tensor, some rows of it), that is each tensor's rows in one block or several.
+    The index is written when there are several shards.
     """
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
-    weight_map: dict[str, int] = {}
-    pending: dict[str, torch.Tensor] = {}
-    pending_bytes = total_bytes = 0
-    written: list[Path] = []
-
-    def flush() -> None:
-        nonlocal pending, pending_bytes
-        if pending:
-            path = out / f"shard-{len(written)}.safetensors.partial"
-            save_file(pending, path, metadata={"format": "pt"})
-            written.append(path)
-            pending, pending_bytes = {}, 0
-
-    for name, tensor in tensors:
-        size = tensor.numel() * tensor.element_size()
-        if pending_bytes + size > max_shard_bytes:
-            flush()
-        pending[name] = _own(tensor)
-        weight_map[name] = len(written)
-        pending_bytes += size
-        total_bytes += size
-    flush()
-    _rename_shards(out, written, weight_map, total_bytes)
+    shards = _shards(contents, max_shard_bytes)
+    written = [out / f"shard-{number}.safetensors.partial" for number in range(len(shards))]
+    stream = iter(blocks)
+    for path, shard in zip(written, shards, strict=True):
+        with path.open("wb") as file:
+            file.write(_header(shard))
+            for name, (dtype, shape) in shard.items():
+                _write_tensor(file, name, dtype, shape, stream)
+    assert next(stream, None) is None, "more blocks than the contents describe"
+    _rename_shards(out, written, shards)
     copy_side_files(side_files_from, out)
 
 
-def _own(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor itself, or a copy where it is a view: a view would keep the whole alive."""
-    if tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes:
-        return tensor
-    return tensor.clone(memory_format=torch.contiguous_format)
+def _shards(contents: Contents, max_shard_bytes: int) -> list[dict]:
+    """The contents of each file; a tensor larger than a shard has one of its own."""
+    shards: list[dict] = [{}]
+    room = max_shard_bytes
+    for name, (dtype, shape) in contents.items():
+        size = _num_bytes(dtype, shape)
+        if shards[-1] and size > room:
+            shards.append({})
+            room = max_shard_bytes
+        shards[-1][name] = (dtype, shape)
+        room -= size
+    return shards
 
 
-def _rename_shards(out: Path, written: list[Path], weight_map: dict[str, int], total: int) -> None:
+def _header(shard: Contents) -> bytes:
+    """The beginning of a safetensors file: 8 bytes of length, then JSON, up to a multiple of 8."""
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, (dtype, shape) in shard.items():
+        begin, end = end, end + _num_bytes(dtype, shape)
+        assert begin % dtype.itemsize == 0, f"{name} would not lie on a multiple of its item size"
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _write_tensor(
+    file: BinaryIO,
+    name: str,
+    dtype: torch.dtype,
+    shape: Sequence[int],
+    stream: Iterator[tuple[str, torch.Tensor]],
+) -> None:
+    missing = _num_bytes(dtype, shape)
+    while missing > 0:
+        found, block = next(stream)
+        assert (found, block.dtype) == (name, dtype), f"{found} {block.dtype}, not {name} {dtype}"
+        file.write(block.contiguous().view(torch.uint8).numpy().data)
+        missing -= block.nbytes
+    assert missing == 0, f"{name} has {-missing} bytes more than {list(shape)} of {dtype}"
+
+
+def _num_bytes(dtype: torch.dtype, shape: Sequence[int]) -> int:
+    return math.prod(shape) * dtype.itemsize
+
+
+def _rename_shards(out: Path, written: list[Path], shards: list[dict]) -> None:
     for stale in [*out.glob("*.safetensors"), out / _INDEX]:
         stale.unlink(missing_ok=True)  # a stale index would name shards that are gone
     if len(written) == 1:
@@ -195,9 +224,10 @@ def _rename_shards(out: Path, written: list[Path], weight_map: dict[str, int], t
     names = [f"model-{i + 1:05d}-of-{len(written):05d}.safetensors" for i in range(len(written))]
     for path, name in zip(written, names, strict=True):
         path.rename(out / name)
+    total = sum(_num_bytes(*entry) for shard in shards for entry in shard.values())
     index = {
         "metadata": {"total_size": total},
-        "weight_map": {tensor: names[shard] for tensor, shard in weight_map.items()},
+        "weight_map": {t: name for name, shard in zip(names, shards, strict=True) for t in shard},
     }
     (out / _INDEX).write_text(json.dumps(index, indent=2))
 

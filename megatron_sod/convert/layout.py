@@ -15,7 +15,7 @@ Layout facts (Megatron-Core 0.16):
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import MappingProxyType
@@ -34,6 +34,28 @@ class Segment:
     hf_start: int
     local_start: int
     length: int
+
+
+def overlap(
+    dim: int,
+    target_start: int,
+    source_start: int,
+    length: int,
+    start: Sequence[int],
+    size: Sequence[int],
+) -> tuple[int, tuple[int, ...], tuple[int, ...]] | None:
+    """What a segment gives to the box [start, start + size) of the tensor it is copied to.
+
+    target[target_start + i] == source[source_start + i] along `dim`, for i < length. Returns (index
+    in the box along `dim`, start in the source, size); None where they do not meet.
+    """
+    begin = max(target_start, start[dim])
+    end = min(target_start + length, start[dim] + size[dim])
+    if begin >= end:
+        return None
+    there, part = list(start), list(size)
+    there[dim], part[dim] = source_start + begin - target_start, end - begin
+    return begin - start[dim], tuple(there), tuple(part)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Megatron's distributed checkpoints read by one process, a parameter at a time.
+"""Megatron's distributed checkpoints read by one process, a box of a parameter at a time.
 
 The format is torch.distributed.checkpoint's, as megatron.core.dist_checkpointing 0.16 uses it
 (`torch_dist`); neither Megatron nor a process group is needed here. Its index is a pickle: open
@@ -10,21 +10,22 @@ from __future__ import annotations
 import json
 import pickle
 import re
-from collections.abc import Iterator
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
+    MetadataIndex,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.utils import _create_file_view
 
-from megatron_sod.convert.layout import hf_shapes, segments_of
+from megatron_sod.convert.layout import Segment, hf_shapes, overlap, segments_of
 from megatron_sod.convert.megatron_names import (
     Stored,
     is_vocabulary,
@@ -32,6 +33,7 @@ from megatron_sod.convert.megatron_names import (
     stored_at,
     whole_shape,
 )
+from megatron_sod.convert.tensor_source import TensorSource, read_box
 from megatron_sod.errors import CheckpointError
 from megatron_sod.model.geometry import Geometry
 
@@ -42,6 +44,15 @@ _OPTIMIZER = re.compile(r"(chained_\d+\.)?optimizer\.")  # chained: experts have
 def is_megatron_checkpoint(directory: str | Path) -> bool:
     """Whether the directory holds a distributed checkpoint (and not HF weights)."""
     return (Path(directory) / _CONFIG).is_file() and (Path(directory) / ".metadata").is_file()
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A chunk in row-major order from byte `offset` of its file on."""
+
+    offset: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
 
 
 class MegatronTensors:
@@ -57,6 +68,7 @@ class MegatronTensors:
         metadata = _read_index(self.directory, self._reader)
         self._stored = metadata.state_dict_metadata
         self._chunks: dict[tuple, list[ChunkStorageMetadata]] = {}
+        self._places: dict[MetadataIndex, _Place | None] = {}
         _check_files(self.directory, metadata)
         self._reader.set_up_storage_reader(metadata, is_coordinator=True)
 
@@ -90,27 +102,57 @@ class MegatronTensors:
                 )
         return found
 
-    def parameter(self, name: str, geometry: Geometry) -> torch.Tensor:
-        """The whole parameter `name` (global layer and expert numbers), without padded rows."""
-        stored, shape = self._find(name, geometry), _shape(name, geometry)
+    def box(
+        self, name: str, geometry: Geometry, start: Sequence[int], size: Sequence[int]
+    ) -> torch.Tensor:
+        """The box [start, start + size) of the whole parameter `name` (global layer and expert
+        numbers); no more is read."""
+        stored = self._find(name, geometry)
         metadata = self._metadata(stored)
-        whole = torch.empty((1,) * len(stored.stack) + shape, dtype=metadata.properties.dtype)
-        offsets = stored.index + (0,) * len(shape)
-        wanted = ChunkStorageMetadata(torch.Size(offsets), torch.Size(whole.shape))
+        box = torch.empty((1,) * len(stored.stack) + tuple(size), dtype=metadata.properties.dtype)
+        wanted = ChunkStorageMetadata(torch.Size((*stored.index, *start)), box.shape)
         here = TensorStorageMetadata(metadata.properties, metadata.size, self._chunks_of(stored))
         items = create_read_items_for_chunk_list(stored.key, here, [wanted])
-        if sum(torch.Size(item.lengths).numel() for item in items) != whole.numel():
+        if sum(torch.Size(item.lengths).numel() for item in items) != box.numel():
             raise CheckpointError(
                 f"{self.directory}: {stored.key} {list(stored.index)} is stored incompletely; "
                 "the checkpoint was not written to its end"
             )
-        self._reader.read_data(LoadPlan(items), _IntoOneTensor(whole))
-        return whole.reshape(shape)
+        for item in items:
+            target = _narrow(box, item.dest_offsets, item.lengths)
+            target.copy_(self._read(item.storage_index, item.storage_offsets, item.lengths))
+        return box.reshape(tuple(size))
 
-    def hf_tensors(self, geometry: Geometry) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every HF tensor of the model, one Megatron parameter in memory at a time."""
-        for name in parameters(geometry):
-            yield from _to_hf(name, geometry, self.parameter(name, geometry))
+    def _read(
+        self, index: MetadataIndex, start: Sequence[int], size: Sequence[int]
+    ) -> torch.Tensor:
+        """A box of one stored chunk."""
+        if index not in self._places:
+            self._places[index] = self._place(index)
+        place, path = self._places[index], self._path(index)
+        if place is None:
+            return _narrow(self._load(index, "cpu"), start, size)
+        return read_box(path, place.offset, place.shape, place.dtype, start, size)
+
+    def _place(self, index: MetadataIndex) -> _Place | None:
+        """Where the numbers of a chunk lie in its file; None: not in row-major order, or this
+        version of PyTorch does not tell."""
+        chunk = self._load(index, "meta")
+        offset = getattr(chunk.untyped_storage(), "_checkpoint_offset", None)
+        if offset is None or not chunk.is_contiguous():
+            return None
+        offset += self._reader.storage_data[index].offset + chunk.storage_offset() * chunk.itemsize
+        return _Place(offset, tuple(chunk.shape), chunk.dtype)
+
+    def _load(self, index: MetadataIndex, device: str) -> torch.Tensor:
+        """A whole chunk; on the device "meta" its description alone."""
+        stored = self._reader.storage_data[index]
+        with self._path(index).open("rb") as file:
+            view = _create_file_view(file, stored.offset, stored.length)
+            return torch.load(view, map_location=device, weights_only=True)
+
+    def _path(self, index: MetadataIndex) -> Path:
+        return self.directory / self._reader.storage_data[index].relative_path
 
     def _metadata(self, stored: Stored) -> TensorStorageMetadata:
         return self._stored[stored.key]  # type: ignore[return-value]
@@ -141,64 +183,43 @@ def _shape(name: str, geometry: Geometry) -> tuple[int, ...]:
     return (geometry.vocab_size, *shape[1:]) if is_vocabulary(name) else shape
 
 
-class MegatronSource:
-    """A distributed checkpoint with the interface of HfTensors, for loading a model from it.
+class MegatronSource(TensorSource):
+    """The HF tensors of the model in a distributed checkpoint.
 
-    Slices of one Megatron parameter are best asked for one after the other: it is read whole and
-    kept until a slice of another is asked for.
+    Raises:
+        CheckpointError: it does not hold this model.
     """
 
-    def __init__(self, directory: str | Path, geometry: Geometry):
-        self._tensors, self._geometry = MegatronTensors(directory), geometry
-        self._tensors.dtypes(geometry)  # that it holds this model
-        self._owner = {
-            segment.hf_name: name
-            for name in parameters(geometry)
-            for segment in segments_of(name, geometry)
-        }
-        self._kept: tuple[str, dict[str, torch.Tensor]] = ("", {})
+    def __init__(self, tensors: MegatronTensors, geometry: Geometry):
+        self.directory = tensors.directory
+        self._tensors, self._geometry = tensors, geometry
+        self._dtypes: dict[str, torch.dtype] = {}
+        self._parts: dict[str, list[tuple[str, Segment]]] = {}
+        for name, dtype in tensors.dtypes(geometry).items():
+            for segment in segments_of(name, geometry):
+                self._dtypes[segment.hf_name] = dtype
+                self._parts.setdefault(segment.hf_name, []).append((name, segment))
 
     def shape(self, name: str) -> tuple[int, ...]:
         return hf_shapes(self._geometry)[name]
 
-    def read(self, name: str, dim: int, start: int, length: int) -> torch.Tensor:
-        """Indices [start, start + length) along `dim` of an HF tensor."""
-        owner = self._owner[name]
-        if self._kept[0] != owner:
-            whole = self._tensors.parameter(owner, self._geometry)
-            self._kept = (owner, dict(_to_hf(owner, self._geometry, whole)))
-        return self._kept[1][name].narrow(dim, start, length)
+    def dtype(self, name: str) -> torch.dtype:
+        return self._dtypes[name]
+
+    def box(self, name: str, start: Sequence[int], size: Sequence[int]) -> torch.Tensor:
+        box = torch.empty(tuple(size), dtype=self.dtype(name))
+        for owner, s in self._parts[name]:
+            if part := overlap(s.dim, s.hf_start, s.local_start, s.length, start, size):
+                at, there, extent = part
+                values = self._tensors.box(owner, self._geometry, there, extent)
+                box.narrow(s.dim, at, extent[s.dim]).copy_(values)
+        return box
 
 
-class _IntoOneTensor(DefaultLoadPlanner):
-    """Puts what is read into the places of one tensor."""
-
-    def __init__(self, target: torch.Tensor):
-        super().__init__()
-        self._target = target
-
-    def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
-        place = self._target
-        for dim, (start, length) in enumerate(
-            zip(read_item.dest_offsets, read_item.lengths, strict=True)
-        ):
-            place = place.narrow(dim, start, length)
-        return place
-
-    def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None: ...
-
-
-def _to_hf(
-    name: str, geometry: Geometry, whole: torch.Tensor
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """The HF tensors a whole Megatron parameter consists of."""
-    parts: dict[str, list] = {}
-    for segment in segments_of(name, geometry):
-        parts.setdefault(segment.hf_name, []).append(segment)
-    for hf_name, segments in parts.items():
-        segments.sort(key=lambda segment: segment.hf_start)
-        views = [whole.narrow(s.dim, s.local_start, s.length) for s in segments]
-        yield hf_name, views[0] if len(views) == 1 else torch.cat(views, segments[0].dim)
+def _narrow(tensor: torch.Tensor, start: Sequence[int], size: Sequence[int]) -> torch.Tensor:
+    for dim, (first, length) in enumerate(zip(start, size, strict=True)):
+        tensor = tensor.narrow(dim, first, length)
+    return tensor
 
 
 def _read_index(directory: Path, reader: FileSystemReader) -> Metadata:

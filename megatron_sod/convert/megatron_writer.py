@@ -79,11 +79,13 @@ class _OnDemand(DefaultSavePlanner):
 def write_megatron_checkpoint(
     directory: Path, files: Iterable[list[ChunkToWrite]], written: Callable[[int], None]
 ) -> None:
-    """Write a distributed checkpoint, one file per list of chunks; one chunk in memory at a time.
+    """Write a distributed checkpoint, one file per list of chunks.
 
-    `written` is told the number of bytes of each chunk as it is made.
+    In memory at a time: one chunk, and until a file is complete the last chunk of every key in it,
+    to which PyTorch's writer holds on. `written` is told the number of bytes of each chunk as it is
+    made.
     """
-    writer = FileSystemWriter(directory)
+    writer = FileSystemWriter(directory, per_thread_copy_ahead=0)  # >0: GPU hosts make them ahead
     plans, results = [], []
     for number, chunks in enumerate(files):
         plan = writer.prepare_local_plan(SavePlan([chunk.item() for chunk in chunks]))

@@ -13,7 +13,8 @@ import torch
 
 from megatron_sod.convert.hf_files import HfTensors
 from megatron_sod.convert.layout import hf_shapes
-from megatron_sod.convert.megatron_files import MegatronTensors
+from megatron_sod.convert.megatron_files import MegatronSource
+from megatron_sod.convert.tensor_source import row_blocks
 from megatron_sod.errors import CheckpointError
 from megatron_sod.model.geometry import Geometry
 
@@ -66,8 +67,8 @@ class Report:
 
 
 def compare(
-    megatron: str | Path,
-    hf: HfTensors,
+    ours: MegatronSource,
+    theirs: HfTensors,
     geometry: Geometry,
     *,
     dtype: torch.dtype | None = None,
@@ -76,35 +77,46 @@ def compare(
     """Read both directories and compare every tensor bit by bit.
 
     Args:
-        dtype: what the HF tensors are cast to first; None: compared as they are.
+        dtype: what `theirs` are cast to first; None: compared as they are.
     Raises:
         CheckpointError: a tensor differs.
     """
-    entries: dict[str, dict] = {}
-    for name, ours in MegatronTensors(megatron).hf_tensors(geometry):
-        theirs = hf.whole(name)
-        theirs = theirs if dtype is None else theirs.to(dtype)
-        entries[name] = {
-            "dtype": str(ours.dtype).removeprefix("torch."),
-            "shape": list(ours.shape),
-            "checksum": checksum(ours),
-            "identical": ours.dtype == theirs.dtype and torch.equal(_bytes(ours), _bytes(theirs)),
-        }
-        advance(ours.nbytes)
-    missing = sorted(hf_shapes(geometry).keys() - entries.keys())
+    entries = {}
+    for name in hf_shapes(geometry):
+        entries[name] = _compare_tensor(name, ours, theirs, dtype, advance)
     different = [name for name, entry in entries.items() if not entry["identical"]]
-    if different or missing:
+    if different:
         raise CheckpointError(
-            f"{megatron} and {hf.directory} differ in {len(different) + len(missing)} of "
-            f"{len(entries) + len(missing)} tensors ({', '.join((different + missing)[:3])}); the "
-            "disk or the source changed during the conversion: run it again"
+            f"{ours.directory} and {theirs.directory} differ in {len(different)} of "
+            f"{len(entries)} tensors ({', '.join(different[:3])}); the disk or the source changed "
+            "during the conversion: run it again"
         )
-    return Report(geometry, {name: entries[name] for name in hf_shapes(geometry)})
+    return Report(geometry, entries)
 
 
-def checksum(tensor: torch.Tensor) -> str:
-    """The first 64 bits of SHA-256 over the bytes, as 16 hex digits."""
-    return hashlib.sha256(_bytes(tensor).numpy().data).hexdigest()[:16]
+def _compare_tensor(
+    name: str,
+    ours: MegatronSource,
+    theirs: HfTensors,
+    dtype: torch.dtype | None,
+    advance: Callable[[int], None],
+) -> dict:
+    """The tensor's entry in the report."""
+    checksum, shape, stored = hashlib.sha256(), ours.shape(name), ours.dtype(name)
+    identical = stored == (dtype or theirs.dtype(name)) and shape == theirs.shape(name)
+    for block in row_blocks(shape):
+        our_bytes = _bytes(ours.rows(name, *block))
+        checksum.update(our_bytes.numpy().data)
+        if identical:
+            their_rows = theirs.rows(name, *block)
+            identical = torch.equal(our_bytes, _bytes(their_rows.to(stored)))
+        advance(our_bytes.nbytes)
+    return {
+        "dtype": str(stored).removeprefix("torch."),
+        "shape": list(shape),
+        "checksum": checksum.hexdigest()[:16],
+        "identical": identical,
+    }
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:

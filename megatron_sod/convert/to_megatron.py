@@ -10,7 +10,8 @@ import torch
 
 from megatron_sod.config.schema import ParallelConfig
 from megatron_sod.convert.hf_files import MAX_SHARD_BYTES, HfTensors, copy_side_files
-from megatron_sod.convert.layout import hf_shapes, segments_of
+from megatron_sod.convert.layout import Segment, hf_shapes, segments_of
+from megatron_sod.convert.megatron_files import MegatronSource, MegatronTensors
 from megatron_sod.convert.megatron_names import (
     num_parts,
     parameters,
@@ -21,6 +22,7 @@ from megatron_sod.convert.megatron_names import (
 from megatron_sod.convert.megatron_writer import ChunkToWrite, write_megatron_checkpoint
 from megatron_sod.convert.output import new_directory
 from megatron_sod.convert.parity import Report, compare, state_dtype
+from megatron_sod.convert.tensor_source import fill_box, row_blocks
 from megatron_sod.errors import ConfigError, ModelError
 from megatron_sod.model.geometry import Geometry, layout_problems, load_geometry
 
@@ -65,7 +67,8 @@ def convert_hf_to_megatron(
         copy_side_files(hf, folder)
         write_megatron_checkpoint(folder, files, advance)
         state_dtype(folder, {chunk.dtype for chunks in files for chunk in chunks})
-        report = compare(folder, source, geometry, dtype=dtype, advance=advance)
+        written = MegatronSource(MegatronTensors(folder), geometry)
+        report = compare(written, source, geometry, dtype=dtype, advance=advance)
         report.describe("Hugging Face to Megatron", hf, out, left_out)
         report.write(folder)
     on_progress(2 * num_bytes, 2 * num_bytes)
@@ -90,7 +93,7 @@ def check_tensors(source: HfTensors, geometry: Geometry) -> list[str]:
             )
     unknown = [name for name in source.names() if name not in shapes]
     if geometry.tied_embeddings and TIED_HEAD in unknown:
-        if not torch.equal(source.whole(TIED_HEAD), source.whole("model.embed_tokens.weight")):
+        if not _equal(source, TIED_HEAD, "model.embed_tokens.weight"):
             raise ModelError(
                 f"{source.directory}: config.json ties the output head to the embedding, and "
                 f"{TIED_HEAD} holds other numbers; set tie_word_embeddings to false"
@@ -103,6 +106,13 @@ def check_tensors(source: HfTensors, geometry: Geometry) -> list[str]:
             f"({', '.join(unknown[:3])}, ...); the result would compute something else"
         )
     return []
+
+
+def _equal(source: HfTensors, name: str, other: str) -> bool:
+    return source.shape(name) == source.shape(other) and all(
+        torch.equal(source.rows(name, *block), source.rows(other, *block))
+        for block in row_blocks(source.shape(name))
+    )
 
 
 def _files(
@@ -171,47 +181,41 @@ def _chunks(
     tp_rank: int,
     dtype: torch.dtype,
 ) -> Iterator[ChunkToWrite]:
-    """What one tensor-parallel rank holds of a parameter: one box, or gate and up."""
+    """What one tensor-parallel rank holds of a parameter, in blocks of rows: of one box, or of gate
+    and up."""
     tp_size, dim = parallel.tensor_model_parallel_size, split_dim(name)
     if dim is None and tp_rank > 0:
         return
     place = stored_at(name, geometry)
     whole = whole_shape(name, geometry, tp_size=tp_size)
+    split = {} if dim is None else {"tp_rank": tp_rank, "tp_size": tp_size}
+    segments = segments_of(name, geometry, **split)
     for part in range(num_parts(name)):
         size, offset = list(whole), [0] * len(whole)
         if dim is not None:
             size[dim] //= tp_size * num_parts(name)
             offset[dim] = (part * tp_size + tp_rank) * size[dim]
-        local_start = part * size[dim] if dim is not None else 0
-        yield ChunkToWrite(
-            key=place.key,
-            whole_size=place.stack + whole,
-            offsets=place.index + tuple(offset),
-            sizes=(1,) * len(place.stack) + tuple(size),
-            dtype=dtype,
-            produce=partial(
-                _assemble, name, source, geometry, tp_rank, tp_size, local_start, size, dtype
-            ),
-        )
+        for first, length in row_blocks(size):
+            box = (length, *size[1:])
+            start = (part * size[0] + first,) + (0,) * (len(size) - 1)
+            yield ChunkToWrite(
+                key=place.key,
+                whole_size=place.stack + whole,
+                offsets=(*place.index, offset[0] + first, *offset[1:]),
+                sizes=(1,) * len(place.stack) + box,
+                dtype=dtype,
+                produce=partial(_assemble, source, segments, start, box, dtype),
+            )
 
 
 def _assemble(
-    name: str,
     source: HfTensors,
-    geometry: Geometry,
-    tp_rank: int,
-    tp_size: int,
-    local_start: int,
-    size: list[int],
+    segments: list[Segment],
+    start: tuple[int, ...],
+    size: tuple[int, ...],
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """The numbers of one chunk; padded vocabulary rows are zero."""
-    chunk = torch.zeros(size, dtype=dtype)
-    if split_dim(name) is None:
-        tp_rank, tp_size = 0, 1
-    for s in segments_of(name, geometry, tp_rank=tp_rank, tp_size=tp_size):
-        start = s.local_start - local_start
-        if 0 <= start < size[s.dim]:
-            values = source.read(s.hf_name, s.dim, s.hf_start, s.length)
-            chunk.narrow(s.dim, start, s.length).copy_(values)
+    chunk = torch.empty(size, dtype=dtype)
+    fill_box(chunk, start, segments, source)
     return chunk

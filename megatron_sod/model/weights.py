@@ -13,7 +13,12 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron_sod.config.schema import ModelConfig
 from megatron_sod.convert.hf_files import HfTensors, write_hf_directory
 from megatron_sod.convert.layout import Segment, hf_shapes, segments_of, sharding_of
-from megatron_sod.convert.megatron_files import MegatronSource, is_megatron_checkpoint
+from megatron_sod.convert.megatron_files import (
+    MegatronSource,
+    MegatronTensors,
+    is_megatron_checkpoint,
+)
+from megatron_sod.convert.tensor_source import TensorSource, fill_box, row_blocks
 from megatron_sod.errors import ModelError
 from megatron_sod.model.build import build_model
 from megatron_sod.model.geometry import Geometry
@@ -70,8 +75,8 @@ def load_hf_weights(
 ) -> None:
     """Fill this rank's parameters from a model directory.
 
-    The directory holds safetensors, of which only the needed slices are read, or a Megatron
-    distributed checkpoint of any layout. Padded vocabulary rows are set to zero.
+    The directory holds safetensors or a Megatron distributed checkpoint of any layout; only this
+    rank's slices are read, in blocks. Padded vocabulary rows are set to zero.
 
     Args:
         stored: the directory's geometry, where its vocab_size is another than the model's.
@@ -108,37 +113,35 @@ def load_head(
 
 
 class _Source:
-    """The HF tensors of a model directory, copied slice by slice."""
+    """The HF tensors of a model directory, copied block by block."""
 
     def __init__(self, geometry: Geometry, model_dir: str | Path):
-        self._tensors: HfTensors | MegatronSource
-        is_checkpoint = is_megatron_checkpoint(model_dir)
-        self._tensors = (
-            MegatronSource(model_dir, geometry) if is_checkpoint else HfTensors(model_dir)
-        )
+        self._tensors: TensorSource
+        if is_megatron_checkpoint(model_dir):
+            self._tensors = MegatronSource(MegatronTensors(model_dir), geometry)
+        else:
+            self._tensors = HfTensors(model_dir)
         self._shapes, self._model_dir = hf_shapes(geometry), model_dir
 
     @torch.no_grad()
     def fill(self, parameter: torch.Tensor, segments: list[Segment]) -> None:
-        parameter.zero_()
+        held = []
         for segment in segments:
-            _check_shape(self._tensors, segment, self._shapes, self._model_dir)
+            self._check_shape(segment.hf_name)
             # Only a vocabulary can be shorter than what the model holds of it.
             length = self._shapes[segment.hf_name][segment.dim] - segment.hf_start
-            length = min(segment.length, length)
-            if length <= 0:
-                continue
-            source = self._tensors.read(segment.hf_name, segment.dim, segment.hf_start, length)
-            parameter.narrow(segment.dim, segment.local_start, length).copy_(source)
+            held.append(replace(segment, length=min(segment.length, length)))
+        for first, length in row_blocks(parameter.shape):
+            start = (first,) + (0,) * (parameter.dim() - 1)
+            fill_box(parameter[first : first + length], start, held, self._tensors)
 
-
-def _check_shape(tensors: HfTensors | MegatronSource, segment: Segment, shapes, model_dir) -> None:
-    found, expected = tensors.shape(segment.hf_name), shapes[segment.hf_name]
-    if found != expected:
-        raise ModelError(
-            f"{model_dir}: tensor {segment.hf_name} has shape {found}, config.json says "
-            f"{expected}; weights and configuration belong to different models"
-        )
+    def _check_shape(self, name: str) -> None:
+        found, expected = self._tensors.shape(name), self._shapes[name]
+        if found != expected:
+            raise ModelError(
+                f"{self._model_dir}: tensor {name} has shape {found}, config.json says {expected}; "
+                "weights and configuration belong to different models"
+            )
 
 
 ValueOf = Callable[[torch.nn.Parameter], torch.Tensor]
@@ -220,7 +223,9 @@ def export_hf(
     """Write the model as a Hugging Face directory (rank 0 writes). A collective."""
     tensors = ((name, tensor.cpu()) for name, tensor in gather_hf_tensors(model, geometry))
     if dist.get_rank() == 0:
-        write_hf_directory(out_dir, tensors, side_files_from)
+        dtype = model.config.params_dtype
+        contents = {name: (dtype, shape) for name, shape in hf_shapes(geometry).items()}
+        write_hf_directory(out_dir, contents, tensors, side_files_from)
     else:
         for _ in tensors:
             pass

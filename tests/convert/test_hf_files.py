@@ -36,7 +36,8 @@ def source(tmp_path):
 
 def _write(out, source, *, max_shard_bytes=1 << 20, tensors=None):
     tensors = _tensors() if tensors is None else tensors
-    write_hf_directory(out, iter(tensors.items()), source, max_shard_bytes=max_shard_bytes)
+    contents = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+    write_hf_directory(out, contents, tensors.items(), source, max_shard_bytes=max_shard_bytes)
 
 
 def _files(folder) -> list[str]:
@@ -47,7 +48,7 @@ def _same(folder, expected):
     found = HfTensors(folder)
     assert sorted(found.names()) == sorted(expected)
     for name, tensor in expected.items():
-        assert torch.equal(found.read(name, 0, 0, tensor.size(0)), tensor)
+        assert torch.equal(found.rows(name, 0, tensor.size(0)), tensor)
         assert found.shape(name) == tuple(tensor.shape)
 
 
@@ -107,17 +108,38 @@ def test_a_model_may_be_written_over_the_directory_its_side_files_come_from(sour
     _same(source, _tensors())
 
 
-@pytest.mark.parametrize(("dim", "start", "length"), [(0, 0, 7), (0, 2, 3), (1, 0, 5), (1, 3, 2)])
-def test_slices_are_read_along_rows_and_columns(tmp_path, source, dim, start, length):
-    _write(tmp_path / "out", source)
-    found = HfTensors(tmp_path / "out").read("a.weight", dim, start, length)
-    assert torch.equal(found, _tensors()["a.weight"].narrow(dim, start, length))
+def test_blocks_of_rows_end_up_as_whole_tensors_that_safetensors_reads(tmp_path, source):
+    tensors = _tensors()
+    contents = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+    blocks = [(name, row[None]) for name, tensor in tensors.items() for row in tensor]
+    write_hf_directory(tmp_path / "out", contents, blocks, source, max_shard_bytes=150)
+    found = {k: v for p in (tmp_path / "out").glob("*.safetensors") for k, v in load_file(p).items()}
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+
+
+@pytest.mark.parametrize("wrong", ["order", "dtype", "too many", "too large"])
+def test_blocks_that_are_not_what_the_contents_say_are_never_written(tmp_path, source, wrong):
+    tensors = _tensors()
+    contents = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+    blocks = list(tensors.items())
+    if wrong == "order":
+        blocks.reverse()
+    elif wrong == "dtype":
+        blocks[0] = ("a.weight", blocks[0][1].bfloat16())
+    elif wrong == "too many":
+        blocks.append(blocks[0])
+    else:
+        blocks[0] = ("a.weight", torch.zeros(8, 5))
+    with pytest.raises(AssertionError):
+        write_hf_directory(tmp_path / "out", contents, blocks, source)
+    assert not list((tmp_path / "out").glob("*.safetensors"))
 
 
 def test_a_missing_tensor_is_named_with_its_directory(tmp_path, source):
     _write(tmp_path / "out", source)
     tensors = HfTensors(tmp_path / "out")
-    for ask in (lambda: tensors.shape("gone"), lambda: tensors.read("gone", 0, 0, 1)):
+    for ask in (lambda: tensors.shape("gone"), lambda: tensors.rows("gone", 0, 1)):
         with pytest.raises(ModelError, match="tensor 'gone' is missing") as caught:
             ask()
         assert str(tmp_path / "out") in str(caught.value)

@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_sod.config.schema import ParallelConfig
-from megatron_sod.convert import output, parity
+from megatron_sod.convert import output
+from megatron_sod.convert.megatron_files import MegatronTensors
 from megatron_sod.convert.to_hf import convert_megatron_to_hf
 from megatron_sod.convert.to_megatron import convert_hf_to_megatron
 from megatron_sod.errors import CheckpointError, ConfigError, ModelError
@@ -226,15 +227,15 @@ def test_a_checkpoint_of_another_model_is_refused(checkpoint, tmp_path, change, 
 
 def test_numbers_that_change_on_the_way_are_found(hf, tmp_path, monkeypatch):
     """The comparison reads the result again: one flipped bit in it must be seen."""
-    read = parity.MegatronTensors.parameter
+    read = MegatronTensors.box
 
-    def with_a_flipped_bit(self, name, geometry):
-        whole = read(self, name, geometry)
+    def with_a_flipped_bit(self, name, geometry, start, size):
+        box = read(self, name, geometry, start, size)
         if name == "decoder.layers.1.mlp.linear_fc2.weight":
-            whole.view(torch.uint8)[5, 7] ^= 1
-        return whole
+            box.view(torch.uint8)[5, 7] ^= 1
+        return box
 
-    monkeypatch.setattr(parity.MegatronTensors, "parameter", with_a_flipped_bit)
+    monkeypatch.setattr(MegatronTensors, "box", with_a_flipped_bit)
     _refuses(hf, tmp_path, CheckpointError, "differ in 1 of", "model.layers.1.mlp.down_proj.weight")
 
 
