@@ -76,9 +76,9 @@ class HfTensors(TensorSource):
             )
         return _DTYPES[stored]
 
-    def box(self, name: str, start: Sequence[int], size: Sequence[int]) -> torch.Tensor:
+    def fill(self, target: torch.Tensor, name: str, start: Sequence[int]) -> None:
         entry = self._entry(name)
-        return read_box(entry.path, entry.offset, entry.shape, self.dtype(name), start, size)
+        read_box(target, entry.path, entry.offset, entry.shape, self.dtype(name), start)
 
     def _entry(self, name: str) -> _Entry:
         if name not in self._entries:
@@ -208,6 +208,7 @@ def _write_tensor(
         assert (found, block.dtype) == (name, dtype), f"{found} {block.dtype}, not {name} {dtype}"
         file.write(block.contiguous().view(torch.uint8).numpy().data)
         missing -= block.nbytes
+        del block  # before the next is made
     assert missing == 0, f"{name} has {-missing} bytes more than {list(shape)} of {dtype}"
 
 

@@ -43,19 +43,19 @@ def overlap(
     length: int,
     start: Sequence[int],
     size: Sequence[int],
-) -> tuple[int, tuple[int, ...], tuple[int, ...]] | None:
+) -> tuple[int, tuple[int, ...], int] | None:
     """What a segment gives to the box [start, start + size) of the tensor it is copied to.
 
     target[target_start + i] == source[source_start + i] along `dim`, for i < length. Returns (index
-    in the box along `dim`, start in the source, size); None where they do not meet.
+    in the box along `dim`, start in the source, length along `dim`); None where they do not meet.
     """
     begin = max(target_start, start[dim])
     end = min(target_start + length, start[dim] + size[dim])
     if begin >= end:
         return None
-    there, part = list(start), list(size)
-    there[dim], part[dim] = source_start + begin - target_start, end - begin
-    return begin - start[dim], tuple(there), tuple(part)
+    there = list(start)
+    there[dim] = source_start + begin - target_start
+    return begin - start[dim], tuple(there), end - begin
 
 
 @dataclass(frozen=True)

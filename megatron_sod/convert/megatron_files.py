@@ -102,37 +102,34 @@ class MegatronTensors:
                 )
         return found
 
-    def box(
-        self, name: str, geometry: Geometry, start: Sequence[int], size: Sequence[int]
-    ) -> torch.Tensor:
-        """The box [start, start + size) of the whole parameter `name` (global layer and expert
-        numbers); no more is read."""
+    def fill(
+        self, target: torch.Tensor, name: str, geometry: Geometry, start: Sequence[int]
+    ) -> None:
+        """Read into `target` the box of its size, from `start` on, of the whole parameter `name`
+        (global layer and expert numbers)."""
         stored = self._find(name, geometry)
-        metadata = self._metadata(stored)
-        box = torch.empty((1,) * len(stored.stack) + tuple(size), dtype=metadata.properties.dtype)
-        wanted = ChunkStorageMetadata(torch.Size((*stored.index, *start)), box.shape)
+        metadata, target = self._metadata(stored), target[(None,) * len(stored.stack)]
+        wanted = ChunkStorageMetadata(torch.Size((*stored.index, *start)), target.shape)
         here = TensorStorageMetadata(metadata.properties, metadata.size, self._chunks_of(stored))
         items = create_read_items_for_chunk_list(stored.key, here, [wanted])
-        if sum(torch.Size(item.lengths).numel() for item in items) != box.numel():
+        if sum(torch.Size(item.lengths).numel() for item in items) != target.numel():
             raise CheckpointError(
                 f"{self.directory}: {stored.key} {list(stored.index)} is stored incompletely; "
                 "the checkpoint was not written to its end"
             )
         for item in items:
-            target = _narrow(box, item.dest_offsets, item.lengths)
-            target.copy_(self._read(item.storage_index, item.storage_offsets, item.lengths))
-        return box.reshape(tuple(size))
+            part = _narrow(target, item.dest_offsets, item.lengths)
+            self._fill_from_chunk(part, item.storage_index, item.storage_offsets)
 
-    def _read(
-        self, index: MetadataIndex, start: Sequence[int], size: Sequence[int]
-    ) -> torch.Tensor:
-        """A box of one stored chunk."""
+    def _fill_from_chunk(
+        self, target: torch.Tensor, index: MetadataIndex, start: Sequence[int]
+    ) -> None:
         if index not in self._places:
             self._places[index] = self._place(index)
-        place, path = self._places[index], self._path(index)
-        if place is None:
-            return _narrow(self._load(index, "cpu"), start, size)
-        return read_box(path, place.offset, place.shape, place.dtype, start, size)
+        if place := self._places[index]:
+            read_box(target, self._path(index), place.offset, place.shape, place.dtype, start)
+        else:
+            target.copy_(_narrow(self._load(index, "cpu"), start, target.shape))
 
     def _place(self, index: MetadataIndex) -> _Place | None:
         """Where the numbers of a chunk lie in its file; None: not in row-major order, or this
@@ -206,14 +203,12 @@ class MegatronSource(TensorSource):
     def dtype(self, name: str) -> torch.dtype:
         return self._dtypes[name]
 
-    def box(self, name: str, start: Sequence[int], size: Sequence[int]) -> torch.Tensor:
-        box = torch.empty(tuple(size), dtype=self.dtype(name))
+    def fill(self, target: torch.Tensor, name: str, start: Sequence[int]) -> None:
         for owner, s in self._parts[name]:
-            if part := overlap(s.dim, s.hf_start, s.local_start, s.length, start, size):
-                at, there, extent = part
-                values = self._tensors.box(owner, self._geometry, there, extent)
-                box.narrow(s.dim, at, extent[s.dim]).copy_(values)
-        return box
+            if part := overlap(s.dim, s.hf_start, s.local_start, s.length, start, target.shape):
+                at, there, length = part
+                box = target.narrow(s.dim, at, length)
+                self._tensors.fill(box, owner, self._geometry, there)
 
 
 def _narrow(tensor: torch.Tensor, start: Sequence[int], size: Sequence[int]) -> torch.Tensor:

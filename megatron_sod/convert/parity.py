@@ -105,12 +105,12 @@ def _compare_tensor(
     checksum, shape, stored = hashlib.sha256(), ours.shape(name), ours.dtype(name)
     identical = stored == (dtype or theirs.dtype(name)) and shape == theirs.shape(name)
     for block in row_blocks(shape):
-        our_bytes = _bytes(ours.rows(name, *block))
-        checksum.update(our_bytes.numpy().data)
+        rows = ours.rows(name, *block)
+        checksum.update(_bytes(rows).numpy().data)
         if identical:
-            their_rows = theirs.rows(name, *block)
-            identical = torch.equal(our_bytes, _bytes(their_rows.to(stored)))
-        advance(our_bytes.nbytes)
+            identical = torch.equal(_bytes(rows), _bytes(theirs.rows(name, *block).to(stored)))
+        advance(rows.nbytes)
+        del rows  # before the next block is made
     return {
         "dtype": str(stored).removeprefix("torch."),
         "shape": list(shape),

@@ -10,6 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
@@ -29,12 +30,14 @@ class TensorSource(ABC):
     def dtype(self, name: str) -> torch.dtype: ...
 
     @abstractmethod
-    def box(self, name: str, start: Sequence[int], size: Sequence[int]) -> torch.Tensor:
-        """A fresh tensor of shape `size`; no more of the directory is read."""
+    def fill(self, target: torch.Tensor, name: str, start: Sequence[int]) -> None:
+        """Read the box of `target`'s size from `start` on into it."""
 
     def rows(self, name: str, first: int, length: int) -> torch.Tensor:
         shape = self.shape(name)
-        return self.box(name, (first,) + (0,) * (len(shape) - 1), (length, *shape[1:]))
+        rows = torch.empty(length, *shape[1:], dtype=self.dtype(name))
+        self.fill(rows, name, (first,) + (0,) * (len(shape) - 1))
+        return rows
 
 
 def row_blocks(shape: Sequence[int]) -> Iterator[tuple[int, int]]:
@@ -44,56 +47,53 @@ def row_blocks(shape: Sequence[int]) -> Iterator[tuple[int, int]]:
         yield first, min(step, shape[0] - first)
 
 
-def fill_box(
+def fill_local(
     target: torch.Tensor, start: Sequence[int], segments: Iterable[Segment], source: TensorSource
 ) -> None:
-    """Fill `target`, the box of a local parameter from `start` on; zero where no segment lies."""
+    """Read the box of a local parameter from `start` on; zero where no segment lies."""
     target.zero_()
     for s in segments:
         part = overlap(s.dim, s.local_start, s.hf_start, s.length, start, target.shape)
         if part:
-            at, there, size = part
-            values = source.box(s.hf_name, there, size)
-            target.narrow(s.dim, at, size[s.dim]).copy_(values)
+            at, there, length = part
+            source.fill(target.narrow(s.dim, at, length), s.hf_name, there)
 
 
 def read_box(
+    target: torch.Tensor,
     path: Path,
     offset: int,
     shape: Sequence[int],
     dtype: torch.dtype,
     start: Sequence[int],
-    size: Sequence[int],
-) -> torch.Tensor:
-    """A box of the tensor that lies in row-major order at byte `offset` of a file.
+) -> None:
+    """Fill `target` from the tensor that lies in row-major order at byte `offset` of a file.
 
-    Of more than two dimensions, the leading ones have size 1 in the box.
+    Of more than two dimensions, the leading ones have size 1 in the target.
 
     Raises:
         CheckpointError: the file ends before the box does.
     """
-    assert all(extent == 1 for extent in size[:-2]), f"box {list(size)} is not a matrix"
-    row, columns, num_rows = 0, shape[-1], math.prod(size[:-1])
+    rows, columns, row = target.view(-1, target.size(-1)), shape[-1], 0
     for extent, index in zip(shape[:-1], start[:-1], strict=True):
         row = row * extent + index
+    one_range = len(rows) == 1 or rows.size(1) == columns
+    packed = rows.is_contiguous() and rows.stride(1) == 1  # one number is contiguous at any stride
     with path.open("rb") as file:
-        if num_rows == 1 or size[-1] == columns:
+        if one_range and packed and rows.dtype == dtype and rows.is_cpu:
             file.seek(offset + (row * columns + start[-1]) * dtype.itemsize)
-            return _next(file, tuple(size), dtype)
-        box = torch.empty(num_rows, size[-1], dtype=dtype)
+            _read_into(rows, file)
+            return
         file.seek(offset + row * columns * dtype.itemsize)
-        for first, length in row_blocks((num_rows, columns)):
-            block = _next(file, (length, columns), dtype)
-            box[first : first + length] = block.narrow(1, start[-1], size[-1])
-    return box.reshape(tuple(size))
+        for first, length in row_blocks((len(rows), columns)):
+            block = torch.empty(length, columns, dtype=dtype)
+            _read_into(block, file)
+            rows[first : first + length] = block.narrow(1, start[-1], rows.size(1))
 
 
-def _next(file, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """The tensor that begins where the file stands."""
-    tensor = torch.empty(shape, dtype=dtype)
+def _read_into(tensor: torch.Tensor, file: BinaryIO) -> None:
     if (found := file.readinto(tensor.view(torch.uint8).numpy())) != tensor.nbytes:
         raise CheckpointError(
             f"{file.name}: it ends {tensor.nbytes - found} bytes early; it was changed while it "
             "was read, try again"
         )
-    return tensor

@@ -54,9 +54,8 @@ def convert_megatron_to_hf(
     def blocks() -> Iterator[tuple[str, torch.Tensor]]:
         for name, (_, shape) in contents.items():
             for rows in row_blocks(shape):
-                block = source.rows(name, *rows)
-                advance(block.nbytes)
-                yield name, block
+                yield name, source.rows(name, *rows)
+                advance(rows[1] * math.prod(shape[1:]) * source.dtype(name).itemsize)
 
     with new_directory(out, num_bytes) as folder:
         write_hf_directory(folder, contents, blocks(), checkpoint, max_shard_bytes=max_shard_bytes)

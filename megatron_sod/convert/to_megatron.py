@@ -22,7 +22,7 @@ from megatron_sod.convert.megatron_names import (
 from megatron_sod.convert.megatron_writer import ChunkToWrite, write_megatron_checkpoint
 from megatron_sod.convert.output import new_directory
 from megatron_sod.convert.parity import Report, compare, state_dtype
-from megatron_sod.convert.tensor_source import fill_box, row_blocks
+from megatron_sod.convert.tensor_source import fill_local, row_blocks
 from megatron_sod.errors import ConfigError, ModelError
 from megatron_sod.model.geometry import Geometry, layout_problems, load_geometry
 
@@ -217,5 +217,5 @@ def _assemble(
 ) -> torch.Tensor:
     """The numbers of one chunk; padded vocabulary rows are zero."""
     chunk = torch.empty(size, dtype=dtype)
-    fill_box(chunk, start, segments, source)
+    fill_local(chunk, start, segments, source)
     return chunk

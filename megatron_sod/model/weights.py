@@ -18,7 +18,7 @@ from megatron_sod.convert.megatron_files import (
     MegatronTensors,
     is_megatron_checkpoint,
 )
-from megatron_sod.convert.tensor_source import TensorSource, fill_box, row_blocks
+from megatron_sod.convert.tensor_source import TensorSource, fill_local, row_blocks
 from megatron_sod.errors import ModelError
 from megatron_sod.model.build import build_model
 from megatron_sod.model.geometry import Geometry
@@ -133,7 +133,7 @@ class _Source:
             held.append(replace(segment, length=min(segment.length, length)))
         for first, length in row_blocks(parameter.shape):
             start = (first,) + (0,) * (parameter.dim() - 1)
-            fill_box(parameter[first : first + length], start, held, self._tensors)
+            fill_local(parameter[first : first + length], start, held, self._tensors)
 
     def _check_shape(self, name: str) -> None:
         found, expected = self._tensors.shape(name), self._shapes[name]

@@ -128,8 +128,9 @@ def test_padded_vocabulary_rows_are_zero(models, tmp_path, tp, rows):
     assert stored._stored[key].size[0] == rows  # 389 rounded up to 128 x TP
     geometry = load_geometry(models / "qwen3")
     wide = type(geometry)(**{**geometry.__dict__, "vocab_size": rows})
-    padding = rows - geometry.vocab_size
-    assert not stored.box(key, wide, (geometry.vocab_size, 0), (padding, 64)).any()
+    padding = torch.full((rows - geometry.vocab_size, 64), torch.nan)
+    stored.fill(padding, key, wide, (geometry.vocab_size, 0))
+    assert not padding.any()
 
 
 @pytest.mark.parametrize("size", [40_000, 200_000])

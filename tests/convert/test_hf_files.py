@@ -113,7 +113,9 @@ def test_blocks_of_rows_end_up_as_whole_tensors_that_safetensors_reads(tmp_path,
     contents = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
     blocks = [(name, row[None]) for name, tensor in tensors.items() for row in tensor]
     write_hf_directory(tmp_path / "out", contents, blocks, source, max_shard_bytes=150)
-    found = {k: v for p in (tmp_path / "out").glob("*.safetensors") for k, v in load_file(p).items()}
+    found = {
+        k: v for p in (tmp_path / "out").glob("*.safetensors") for k, v in load_file(p).items()
+    }
     assert found.keys() == tensors.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
 

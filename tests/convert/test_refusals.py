@@ -227,15 +227,14 @@ def test_a_checkpoint_of_another_model_is_refused(checkpoint, tmp_path, change, 
 
 def test_numbers_that_change_on_the_way_are_found(hf, tmp_path, monkeypatch):
     """The comparison reads the result again: one flipped bit in it must be seen."""
-    read = MegatronTensors.box
+    fill = MegatronTensors.fill
 
-    def with_a_flipped_bit(self, name, geometry, start, size):
-        box = read(self, name, geometry, start, size)
+    def with_a_flipped_bit(self, target, name, geometry, start):
+        fill(self, target, name, geometry, start)
         if name == "decoder.layers.1.mlp.linear_fc2.weight":
-            box.view(torch.uint8)[5, 7] ^= 1
-        return box
+            target.view(torch.uint8)[5, 7] ^= 1
 
-    monkeypatch.setattr(MegatronTensors, "box", with_a_flipped_bit)
+    monkeypatch.setattr(MegatronTensors, "fill", with_a_flipped_bit)
     _refuses(hf, tmp_path, CheckpointError, "differ in 1 of", "model.layers.1.mlp.down_proj.weight")
 
 

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_sod.config.schema import ParallelConfig
+from megatron_sod.convert import tensor_source
 from megatron_sod.convert.to_hf import convert_megatron_to_hf
 from megatron_sod.convert.to_megatron import convert_hf_to_megatron
 from tests.helpers.families import FAMILIES
@@ -33,14 +34,18 @@ TRAINED_AT = {name: TP2_PP2 for name in NAMES} | {"qwen3_moe": PP2 | EP2}
 
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory):
-    """What rank 0 found, and the folder with one model and its checkpoints per family."""
+    """What rank 0 found, and the folder with one model and its checkpoints per family. Every other
+    checkpoint is stored in blocks of 46 rows or fewer."""
     folder = tmp_path_factory.mktemp("distributed")
     for number, (name, cut, _) in enumerate(LOADS):
         source = folder / name
         if not source.exists():
             write_model_with_weights(source, seed=number, vocab_size=389, **FAMILIES[name])
         parallel = ParallelConfig(**cut)
-        convert_hf_to_megatron(source, folder / f"converted{number}", parallel=parallel)
+        with pytest.MonkeyPatch.context() as patch:
+            if number % 2:
+                patch.setattr(tensor_source, "BLOCK_NUMEL", 3000)
+            convert_hf_to_megatron(source, folder / f"converted{number}", parallel=parallel)
     return folder, run_on_ranks(4, _load_train_and_save, str(folder))[0]
 
 
