@@ -23,17 +23,19 @@ from pathlib import Path
 
 import torch
 
+from megatron_sod.config.schema import ParallelConfig
 from megatron_sod.convert.hf_files import write_hf_directory
 from megatron_sod.convert.layout import hf_shapes
 from megatron_sod.convert.output import num_bytes
 from megatron_sod.model.geometry import Geometry, load_geometry
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS = {
-    "hf_to_megatron": "HF to Megatron, with comparison",
-    "megatron_to_hf": "Megatron to HF, with comparison",
-    "transformers": "transformers, load and save",
+LAYOUTS = {
+    "TP1": {},
+    "TP4 PP2": {"tensor_model_parallel_size": 4, "pipeline_model_parallel_size": 2},
 }
+STEPS = [f"{step}, {layout}" for layout in LAYOUTS for step in ("HF to Megatron", "Megatron to HF")]
+STEPS += ["transformers, load and save"]
 
 
 def measure(model: Path, shard_size: str, rounds: int, folder: Path) -> tuple[dict, list[dict]]:
@@ -44,8 +46,9 @@ def measure(model: Path, shard_size: str, rounds: int, folder: Path) -> tuple[di
     for _ in range(rounds):
         for step in STEPS:
             results[step].append(_in_a_process(step, folder, shard_size))
-        for name in ("megatron", "hf", "saved"):
-            shutil.rmtree(folder / name)
+        for path in folder.iterdir():
+            if path != source:
+                shutil.rmtree(path)
     geometry = load_geometry(source)
     files = [path.stat().st_size for path in source.glob("*.safetensors")]
     layer = 2 * sum(
@@ -66,7 +69,8 @@ def measure(model: Path, shard_size: str, rounds: int, folder: Path) -> tuple[di
 
 
 def _row(step: str, runs: list[dict]) -> dict:
-    row = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+    row = {key: statistics.median(run[key] for run in runs) for key in ("wall_s", "first_half_s")}
+    row |= {key: max(run[key] for run in runs) for key in ("resident", "anonymous")}
     return {"step": step, "slowest_s": max(run["wall_s"] for run in runs), **row}
 
 
@@ -110,24 +114,25 @@ def run_step(step: str, folder: Path, shard_size: str) -> dict:
         if 2 * done >= total and not halfway:
             halfway.append(time.perf_counter())  # all written; comparing begins
 
-    if step == "transformers":
+    kind, layout = step.split(", ")
+    if kind == "transformers":
         from transformers import AutoModelForCausalLM
     else:
         from megatron_sod.convert.to_hf import convert_megatron_to_hf
         from megatron_sod.convert.to_megatron import convert_hf_to_megatron
-    size = num_bytes(shard_size)
+    size, source = num_bytes(shard_size), folder / "source"
     with PeakMemory() as memory:
         start = time.perf_counter()
-        if step == "hf_to_megatron":
+        if kind == "HF to Megatron":
+            parallel, out = LAYOUTS[layout], folder / layout
             convert_hf_to_megatron(
-                folder / "source", folder / "megatron", max_shard_bytes=size, on_progress=note
+                source, out, parallel=parallel, max_shard_bytes=size, on_progress=note
             )
-        elif step == "megatron_to_hf":
-            convert_megatron_to_hf(
-                folder / "megatron", folder / "hf", max_shard_bytes=size, on_progress=note
-            )
+        elif kind == "Megatron to HF":
+            out = folder / f"HF of {layout}"
+            convert_megatron_to_hf(folder / layout, out, max_shard_bytes=size, on_progress=note)
         else:
-            model = AutoModelForCausalLM.from_pretrained(folder / "source", dtype="auto")
+            model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
             halfway.append(time.perf_counter())
             model.save_pretrained(folder / "saved", max_shard_size=shard_size)
         end = time.perf_counter()
@@ -177,28 +182,31 @@ def report(model: Path, rounds: int, tables: dict[str, tuple[dict, list[dict]]])
         "# Conversion: time and memory",
         f"Made by `python -m megatron_sod.convert.benchmark --rounds {rounds} --out "
         f"docs/benchmarks/conversion.md` for {model.stem} with random bfloat16 weights on "
-        f"{os.cpu_count()} CPUs, {platform.machine()}, Linux {platform.release()}; load average at "
-        f"the end {os.getloadavg()[0]:.1f}. Medians of {rounds} rounds, each step in a process of "
-        "its own, in turns, files in the page cache. Memory is the peak beyond what the imports "
-        "took: resident counts mapped pages of the source, anonymous does not. A conversion reads "
-        "its result again and compares every bit; `first half` is writing for a conversion and "
-        "loading for transformers.",
+        f"{os.cpu_count()} CPUs, {platform.machine()}; load average at the end "
+        f"{os.getloadavg()[0]:.1f}. Median times and largest memory of {rounds} rounds, each step "
+        "in a process of its own, in turns, files in the page cache. Memory is the peak beyond "
+        "what the imports took: resident (VmHWM) counts everything, mapped files too; anonymous "
+        "leaves those out. The bound on resident memory is two shards and one layer. A conversion "
+        "reads its result again and compares every bit; `first half` is writing for a conversion "
+        "and loading for transformers.",
     ]
     for size, (facts, rows) in tables.items():
         facts_line = ", ".join(
             f"{name} {value if name == 'source shards' else f'{value / 1e6:.0f} MB'}"
             for name, value in facts.items()
         )
-        base = next(row["wall_s"] for row in rows if row["step"] == "transformers")
+        base = next(row["wall_s"] for row in rows if row["step"] == STEPS[-1])
+        bound = facts["two shards and one layer"]
         lines = [
             "| step | s | slowest, s | first half, s | against transformers | resident, MB | "
-            "anonymous, MB |",
-            "|---|---|---|---|---|---|---|",
+            "anonymous, MB | resident / bound |",
+            "|---|---|---|---|---|---|---|---|",
         ]
         lines += [
-            f"| {STEPS[row['step']]} | {row['wall_s']:.1f} | {row['slowest_s']:.1f} | "
+            f"| {row['step']} | {row['wall_s']:.1f} | {row['slowest_s']:.1f} | "
             f"{row['first_half_s']:.1f} | {row['wall_s'] / base:.2f} | "
-            f"{row['resident'] / 1e6:.0f} | {row['anonymous'] / 1e6:.0f} |"
+            f"{row['resident'] / 1e6:.0f} | {row['anonymous'] / 1e6:.0f} | "
+            f"{row['resident'] / bound:.2f} |"
             for row in rows
         ]
         parts += [f"## Shards of at most {size}", facts_line + ".", "\n".join(lines)]

@@ -13,6 +13,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, cast
 
 import torch
 from torch.distributed.checkpoint import FileSystemReader
@@ -145,7 +146,7 @@ class MegatronTensors:
         """A whole chunk; on the device "meta" its description alone."""
         stored = self._reader.storage_data[index]
         with self._path(index).open("rb") as file:
-            view = _create_file_view(file, stored.offset, stored.length)
+            view = cast(IO[bytes], _create_file_view(file, stored.offset, stored.length))
             return torch.load(view, map_location=device, weights_only=True)
 
     def _path(self, index: MetadataIndex) -> Path:

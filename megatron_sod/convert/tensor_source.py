@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 
@@ -91,8 +91,8 @@ def read_box(
             rows[first : first + length] = block.narrow(1, start[-1], rows.size(1))
 
 
-def _read_into(tensor: torch.Tensor, file: BinaryIO) -> None:
-    if (found := file.readinto(tensor.view(torch.uint8).numpy())) != tensor.nbytes:
+def _read_into(tensor: torch.Tensor, file: BufferedReader) -> None:
+    if (found := file.readinto(tensor.view(torch.uint8).numpy().data)) != tensor.nbytes:
         raise CheckpointError(
             f"{file.name}: it ends {tensor.nbytes - found} bytes early; it was changed while it "
             "was read, try again"
