@@ -31,10 +31,11 @@ from megatron_sod.model.geometry import Geometry, load_geometry
 
 ROOT = Path(__file__).resolve().parents[2]
 LAYOUTS = {
-    "TP1": {},
-    "TP4 PP2": {"tensor_model_parallel_size": 4, "pipeline_model_parallel_size": 2},
+    "TP1": ParallelConfig(),
+    "TP4 PP2": ParallelConfig(tensor_model_parallel_size=4, pipeline_model_parallel_size=2),
 }
-STEPS = [f"{step}, {layout}" for layout in LAYOUTS for step in ("HF to Megatron", "Megatron to HF")]
+DIRECTIONS = ("HF to Megatron", "Megatron to HF")
+STEPS = [f"{direction}, {layout}" for layout in LAYOUTS for direction in DIRECTIONS]
 STEPS += ["transformers, load and save"]
 
 
