@@ -27,7 +27,7 @@ from megatron_sod.observe.telemetry import merge_telemetry
 from megatron_sod.parallel.cpu import device
 from megatron_sod.parallel.share import from_rank0
 from megatron_sod.parallel.status import STATUS
-from megatron_sod.rollout.breaker import check_infrastructure
+from megatron_sod.rollout.breaker import check_infrastructure, check_sampling
 from megatron_sod.rollout.shaping import shape_rewards
 from megatron_sod.scoring.credit import assign_credit, distill_coef
 from megatron_sod.scoring.score import score
@@ -185,6 +185,7 @@ def _roll_out(session: Session, iteration: int) -> list[Trajectory]:
         assert session.rollouts is not None, "rank 0 has rollouts"
         trajectories = session.rollouts.collect(iteration, num_trained)
         check_infrastructure(trajectories, config.watchdog)
+        check_sampling(trajectories, config.rollout.temperature)
         if config.rollout.max_staleness and iteration < config.train.num_iterations:
             after = num_trained + config.train.train_batch_size
             session.rollouts.start_ahead(iteration + 1, after)

@@ -56,6 +56,8 @@ class Trajectory:
     reward: float  # 1.0 right, 0.0 wrong; NaN when not graded
     policy_version: int  # the newest version that wrote a token
     score: float = float("nan")  # as graded, in [0, 1]; `reward` may be shaped from it
+    temperature: float = 1.0  # it was sampled at; both models are scored at the same
+    top_p: float = 1.0  # below 1 the student's distribution is not what was sampled from
 
     @property
     def is_valid(self) -> bool:

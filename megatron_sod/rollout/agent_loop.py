@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from megatron_sod.data.chat import ChatFormat
 from megatron_sod.errors import GraderUnavailable, RolloutError
 from megatron_sod.observe.progress import say
+from megatron_sod.rollout.breaker import check_sampling
 from megatron_sod.rollout.tool_calls import ToolCall, ToolCallParser
 from megatron_sod.rollout.tools import Observation, Tool
 from megatron_sod.rollout.trajectory_builder import TrajectoryBuilder
@@ -92,6 +93,7 @@ class AgentLoop:
         graded on the student's final turn. `waits` is added to as it goes."""
         builder = TrajectoryBuilder(prompt, trajectory_id)
         if begun is not None:
+            check_sampling([begun], temperature, top_p)
             builder = TrajectoryBuilder.resumed(prompt, begun)
         waits = waits or Waits()
         try:
@@ -110,7 +112,8 @@ class AgentLoop:
             except GraderUnavailable as error:
                 say(f"trajectory {trajectory_id} cannot be graded: {error}")
                 reason = "infra_error"
-        return builder.finish(reason, float("nan") if reason in UNGRADED else score)
+        score = float("nan") if reason in UNGRADED else score
+        return builder.finish(reason, score, temperature=temperature, top_p=top_p)
 
     async def _graded(self, prompt: Prompt, builder: TrajectoryBuilder) -> float:
         final_turn = builder.last_turn[:-1]  # without the token that ended it

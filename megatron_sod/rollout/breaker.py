@@ -1,4 +1,4 @@
-"""Stops an iteration before the optimizer when infrastructure, not the student, is failing."""
+"""Stops an iteration before the optimizer when what was rolled out must not be trained on."""
 
 from __future__ import annotations
 
@@ -23,3 +23,18 @@ def check_infrastructure(trajectories: list[Trajectory], watchdog: WatchdogConfi
             + (", raise rollout.trajectory_timeout_s" if late else "")
             + ", then start again: train.resume=auto continues from the last checkpoint"
         )
+
+
+def check_sampling(trajectories: list[Trajectory], temperature: float, top_p: float = 1.0) -> None:
+    """Raises RolloutError unless all were sampled at `temperature` and `top_p`.
+
+    Logprobs of student and teacher are taken at the configured temperature; of tokens sampled at
+    another, every ratio and divergence would be wrong and look right.
+    """
+    for t in trajectories:
+        if (t.temperature, t.top_p) != (temperature, top_p):
+            raise RolloutError(
+                f"trajectory {t.trajectory_id}: sampled at temperature {t.temperature} and top_p "
+                f"{t.top_p}, expected {temperature} and {top_p}; set rollout.temperature to what "
+                "the recording or checkpoint was made with, or start with train.resume=never"
+            )

@@ -104,5 +104,7 @@ def schema():
             ("reward", pa.float64()),
             ("policy_version", pa.int32()),
             ("score", pa.float64()),
+            ("temperature", pa.float64()),
+            ("top_p", pa.float64()),
         ]
     )

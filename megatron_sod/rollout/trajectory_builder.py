@@ -78,7 +78,10 @@ class TrajectoryBuilder:
         self._logprobs += [0.0] * count
         self._versions += [-1] * count
 
-    def finish(self, reason: str, score: float) -> Trajectory:
+    def finish(
+        self, reason: str, score: float, *, temperature: float = 1.0, top_p: float = 1.0
+    ) -> Trajectory:
+        """`temperature`, `top_p`: what every turn was sampled at."""
         return Trajectory(
             trajectory_id=self.trajectory_id,
             prompt_id=self.prompt.prompt_id,
@@ -93,4 +96,6 @@ class TrajectoryBuilder:
             reward=score,
             policy_version=max(self._versions, default=-1),
             score=score,
+            temperature=temperature,
+            top_p=top_p,
         )

@@ -317,6 +317,9 @@ def test_told_to_stop_it_ends_between_two_turns_and_can_go_on():
     assert not begun.loss_mask[-1], "the observation is there, the next turn is not begun"
     finished = asyncio.run(loop.run(PROMPT, "p:0/1/0", **options, begun=begun))
     assert finished == Run([_call("print(1)"), ANSWER]).trajectory
+    assert (finished.temperature, finished.top_p) == (0.7, 1.0)
+    with pytest.raises(RolloutError, match="sampled at temperature 0.7 .* expected 1.0"):
+        asyncio.run(loop.run(PROMPT, "p:0/1/0", **options | {"temperature": 1.0}, begun=begun))
 
 
 @pytest.mark.parametrize("slow", ["engine", "sandbox"])

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_sod.config.schema import WatchdogConfig
 from megatron_sod.errors import RolloutError
-from megatron_sod.rollout.breaker import check_infrastructure
+from megatron_sod.rollout.breaker import check_infrastructure, check_sampling
 from tests.helpers.tiny import synthetic_trajectories
 
 
@@ -52,3 +52,13 @@ def test_time_limits_count_as_lost_and_the_message_names_their_key():
     late = [replace(t, finish_reason="time_limit") for t in _trajectories(20)]
     with pytest.raises(RolloutError, match="raise rollout.trajectory_timeout_s"):
         check_infrastructure(late, WatchdogConfig())
+
+
+@pytest.mark.parametrize("other", [{"temperature": 0.7}, {"top_p": 0.6}, {"temperature": None}])
+def test_what_was_sampled_otherwise_than_it_would_be_scored_is_refused(other):
+    plain = _trajectories(0)
+    check_sampling(plain, 1.0)
+    changed = [*plain[:3], replace(plain[3], **other), *plain[4:]]
+    with pytest.raises(RolloutError, match=plain[3].trajectory_id) as caught:
+        check_sampling(changed, 1.0)
+    assert "rollout.temperature" in str(caught.value)
