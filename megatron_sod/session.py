@@ -116,12 +116,9 @@ def open_session(config: SodConfig) -> Iterator[Session]:
         closing.callback(checkpoints.close)
         resume_from = _resume_from(config, checkpoints)
         loggers = _open_folder(config, run_dir, closing, is_fresh=resume_from is None)
-        controller = teacher_controller = None
-        machines = state.machines(config.cluster.gpus_per_node)
-        if dist.get_rank() == 0 and config.rollout.replay is None:
-            controller, teacher_controller = _start_engines(
-                config, inputs, machines, run_dir, watch, stop, closing
-            )
+        controller, teacher_controller = _start_engines(
+            config, inputs, run_dir, watch, stop, closing
+        )
         residency = Residency()
         student, teacher = _open_models(config, inputs, groups, residency)
         if controller is not None:
@@ -165,13 +162,16 @@ def open_session(config: SodConfig) -> Iterator[Session]:
 def _start_engines(
     config: SodConfig,
     inputs: Inputs,
-    machines: list[str],
     run_dir: RunDir,
     watch: Watch,
     stop: StopRequest,
     closing: contextlib.ExitStack,
-) -> tuple[RolloutController, RolloutController | None]:
-    """The student's engines, and the teacher's if it is to be evaluated; they start meanwhile."""
+) -> tuple[RolloutController | None, RolloutController | None]:
+    """On rank 0 the student's engines, and the teacher's if it is to be evaluated; they start
+    meanwhile. A collective."""
+    machines = state.machines(config.cluster.gpus_per_node)
+    if dist.get_rank() != 0 or config.rollout.replay is not None:
+        return None, None
     from megatron_sod.rollout.controller import RolloutController  # a replay needs no Ray
     from megatron_sod.rollout.ray_instance import log_folder, stop_ray
 
@@ -188,7 +188,8 @@ def _start_engines(
     )
     closing.callback(student.close)
     teacher = None
-    if config.eval.teacher and config.teacher and not _teacher_is_evaluated(run_dir):
+    is_done = any(row["model"] == "teacher" for row in run_dir.rows("evals.jsonl"))
+    if config.eval.teacher and config.teacher and not is_done:
         teacher = RolloutController(config, config.teacher, load_weights=True, machines=machines)
     return student, teacher
 
@@ -252,10 +253,6 @@ def _resume_from(config: SodConfig, checkpoints: Checkpoints) -> str | Path | No
     if config.train.resume == "never":
         return None
     return checkpoints.latest() if config.train.resume == "auto" else config.train.resume
-
-
-def _teacher_is_evaluated(run_dir: RunDir) -> bool:
-    return any(row["model"] == "teacher" for row in run_dir.rows("evals.jsonl"))
 
 
 def _rollouts(
