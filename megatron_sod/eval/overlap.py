@@ -16,9 +16,13 @@ WARM_UP = 2  # iterations left out of the times; so is the last, which rolls not
 PHASES = ("rollout", "score", "train", "transfer", "record")
 
 
-def compare(root: Path, seeds: Sequence[int], overrides: Sequence[str]) -> list[str]:
+def compare(
+    root: Path, seeds: Sequence[int], overrides: Sequence[str], *, reuse: bool = False
+) -> list[str]:
     """Run every seed with staleness 0 and 1, alternating; the lines of the page.
 
+    Args:
+        reuse: take finished runs of these names below `root` as they are.
     Raises:
         DataError: a run failed, or is too short to be timed.
     """
@@ -27,7 +31,8 @@ def compare(root: Path, seeds: Sequence[int], overrides: Sequence[str]) -> list[
         for staleness in (0, 1):
             name = f"overlap-{staleness}-seed{seed}"
             options = [f"seed={seed}", f"rollout.max_staleness={staleness}", "eval.teacher=false"]
-            if status := run_demo(root, name, [*options, *overrides]):
+            is_there = reuse and (root / "runs" / name / "summary.json").is_file()
+            if not is_there and (status := run_demo(root, name, [*options, *overrides])):
                 raise DataError(f"{name}: the run ended with status {status}; see above")
             results[seed, staleness] = measured(root / "runs" / name, seed, staleness)
     return table(results, overrides)
@@ -70,8 +75,9 @@ def table(results: dict[tuple[int, int], dict], overrides: Sequence[str]) -> lis
     return [
         "# Rollouts one iteration ahead",
         "",
-        f"Made by `tools/overlap_benchmark.py {' '.join(overrides)}` on {date.today()}. Median",
-        "seconds per iteration without saving and evaluation; success with its 95 % interval.",
+        f"Made by `{' '.join(['tools/overlap_benchmark.py', *overrides])}` on {date.today()}.",
+        "Trainers and engine share two CPU cores. Median seconds per iteration without saving and",
+        "evaluation; success with its 95 % interval.",
         "",
         "| seed | max_staleness | s/iteration | success | engine gap, nats | importance mean | max "
         "| at the cap |",
