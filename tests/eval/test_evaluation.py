@@ -4,7 +4,10 @@ Layers: pure, with scripted trajectories; then, marked dist, the real command on
 """
 
 import json
+import math
 import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -155,30 +158,53 @@ def test_no_data_is_refused(model):
         load_eval_config(None, [], model=model)
 
 
+def _evaluate(out: Path, *arguments: str) -> tuple[dict, str]:
+    """The real command; its report and what it said."""
+    command = [sys.executable, "tools/evaluate.py", "--out", str(out), *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=560)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((out / "report.json").read_text()), done.stderr
+
+
 @pytest.mark.dist
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.skipif("SOD_SHARED_DATA" not in os.environ, reason="SOD_SHARED_DATA is not set")
 def test_real_rows_the_real_tokenizer_and_a_random_model_run_to_the_end(tmp_path):
-    import subprocess
-    import sys
-
     from tests.end_to_end.test_tiny_run import _write_real_vocabulary_model
 
     data = Path(os.environ["SOD_SHARED_DATA"])
     _write_real_vocabulary_model(tmp_path / "model", data)
     _add_weights(tmp_path / "model")
-    command = [sys.executable, "tools/evaluate.py", "--model", str(tmp_path / "model")]
-    command += ["--data", str(data / "gsm8k_test.jsonl"), "--num-samples", "2"]
-    command += ["--out", str(tmp_path / "out"), "eval.limit=6", "rollout.max_response_length=64"]
-    command += ["rollout.max_turns=2", "rollout.max_prompt_length=700"]
-    command += ["rollout.max_observation_length=32", "eval.prompts_per_round=4"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stderr[-3000:]
-    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    arguments = ["--model", str(tmp_path / "model"), "--data", str(data / "gsm8k_test.jsonl")]
+    arguments += ["--num-samples", "2", "eval.limit=6", "rollout.max_response_length=64"]
+    arguments += ["rollout.max_turns=2", "rollout.max_prompt_length=700"]
+    arguments += ["rollout.max_observation_length=32", "eval.prompts_per_round=4"]
+    arguments += ["observe.loggers=[tensorboard]"]
+    report, said = _evaluate(tmp_path / "out", *arguments)
     numbers = report["sources"]["gsm8k"]
     assert numbers["num_prompts"] == 6 and numbers["num_graded"] == 12
-    assert "| gsm8k" in done.stderr
+    assert "| gsm8k" in said
+    assert list((tmp_path / "out" / "tensorboard").glob("events*"))
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("model", ["student", "teacher"])
+def test_the_demos_models_score_what_the_demo_says(tmp_path, model):
+    """256 tasks, one sample each, drawn anew: four standard errors of the difference."""
+    pages = (ROOT / "docs/demo_results.md").read_text().splitlines()
+    (row,) = [line for line in pages if line.startswith("| SOD, seed 0 |")]
+    cells = [cell.strip() for cell in row.split("|")]
+    printed = float((cells[2] if model == "student" else cells[5]).split("%")[0]) / 100
+    arguments = ["--config", "configs/demo_cpu.yaml", "--model", f"configs/demo/{model}"]
+    arguments += ["--data", "tiny_world:heldout:256", "--num-samples", "1"]
+    report, _ = _evaluate(tmp_path, *arguments, "eval.prompts_per_round=256")
+    found = report["overall"]["avg@1"]
+    error = math.sqrt(2 * max(printed * (1 - printed), 0.01) / 256)
+    assert abs(found - printed) < 4 * error, (found, printed)
+    assert report["overall"]["num_infra_errors"] == 0
 
 
 def _add_weights(directory: Path) -> None:
