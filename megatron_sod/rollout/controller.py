@@ -93,7 +93,7 @@ class RolloutController:
 
         Raises:
             RolloutError: not within rollout.timeout_s; more than rollout.max_restarts processes
-                died; a worker failed.
+                died or hung; a worker failed.
         """
         started = time.monotonic()
         deadline = started + self._config.rollout.timeout_s
@@ -121,16 +121,17 @@ class RolloutController:
     def _wait(
         self, running: dict[Any, tuple[int, Any]], board: GroupBoard, deadline: float, what: str
     ) -> None:
-        """Until something happens, which is then dealt with."""
-        left_s = max(0.0, deadline - time.monotonic())
-        ready, _ = ray.wait([*running, *self.fleet.events], num_returns=1, timeout=left_s)
-        if not ready:
+        """Until something happens, or for a moment; what happened is dealt with."""
+        left_s = deadline - time.monotonic()
+        if left_s <= 0:
             raise RolloutError(
                 f"{what}: {board.num_running} groups unfinished after rollout.timeout_s "
                 f"{self._config.rollout.timeout_s:.0f} s; raise it, lower max_response_length, or "
                 "set rollout.trajectory_timeout_s so that single trajectories cannot hold it up"
             )
-        event = ready[0]
+        event = self.fleet.wait(list(running), left_s)
+        if event is None:
+            return
         if event not in running:
             self.fleet.handle(event)
             return
@@ -193,7 +194,7 @@ class RolloutController:
         return EngineControl(layout, hosts, connect, update, score)
 
     def _ask(self, what: str, call) -> list[Any]:
-        """The answers of all engines; asked again when one died meanwhile."""
+        """The answers of all engines; asked again when one died or hung meanwhile."""
         self.fleet.begin_rollout()
         while True:
             try:

@@ -32,6 +32,11 @@ class EngineWeights:
     canaries: list[list[int]] = field(default_factory=list)
     canary_logprobs: list[list[float]] = field(default_factory=list)  # of an engine that passed
 
+    @property
+    def is_kept(self) -> bool:
+        """Whether what was sent can still be read by engines that come later."""
+        return bool(self.connect_info.get("setup", {}).get("is_kept"))
+
 
 def engine_environment(kv_cache_gb: float) -> dict[str, str]:
     """Environment of an engine process, set before vLLM is imported."""
@@ -94,7 +99,8 @@ class Engine:
         self._broken: str | None = None  # why this engine must not serve
 
     async def ready(self) -> bool:
-        await self._llm.check_health()
+        """True when vLLM's core answers, which it does between two forward passes."""
+        await self._llm.get_weight_version()
         return True
 
     async def generate(self, token_ids: list[int], sampling: Sampling) -> SampledTurn:
@@ -141,20 +147,10 @@ class Engine:
             await asyncio.sleep(_HEALTH_INTERVAL_S)
 
     async def join(self, weights: EngineWeights | None, index: int) -> list[list[float]]:
-        """Get the weights the other engines hold; logprobs of the canaries that prove it.
-
-        Raises:
-            WeightTransferError: what was sent is not kept for engines that come later.
-        """
+        """Get the weights the other engines hold; logprobs of the canaries that prove it."""
         await self.ready()
         if weights is None:
             return []
-        if not weights.connect_info.get("setup", {}).get("is_kept"):
-            raise WeightTransferError(
-                f"engine {index} was started again, and the weights the others hold are gone: "
-                "start the run again from its checkpoint; on one host, transfer.keep_sent true "
-                "with the shared_memory backend keeps them for this case"
-            )
         await self.connect_weights(weights.connect_info, index)
         if weights.update_info is not None:
             await self.update_weights(weights.update_info, weights.policy_version)

@@ -1,4 +1,4 @@
-"""Which engine serves which trajectory, and what happens when one dies. Runs in a worker.
+"""Which engine serves which trajectory, and what happens when one is lost. Runs in a worker.
 
 A trajectory keeps its engine, whose prefix cache holds its tokens. When the engine dies, the turn
 is asked for again elsewhere: the prompt and the tokens so far are all an engine needs.
@@ -27,9 +27,15 @@ class RemoteEngine(Protocol):
 class EnginePool:
     """The engines a worker knows, with the number of trajectories each serves."""
 
-    def __init__(self, engines: Sequence[RemoteEngine], incidents: Incidents, *, first: int = 0):
-        """`first`: the engine to prefer among equally loaded ones, another one in each worker."""
-        self._engines: list[RemoteEngine | None] = list(engines)  # None: dead, to be replaced
+    def __init__(
+        self, engines: Sequence[RemoteEngine | None], incidents: Incidents, *, first: int = 0
+    ):
+        """
+        Args:
+            engines: None where one is dead; `replace` brings another.
+            first: the engine to prefer among equally loaded ones, another one in each worker.
+        """
+        self._engines = list(engines)
         self._loads = [0] * len(engines)
         self._incidents, self._first = incidents, first
         self._replaced = asyncio.Event()
@@ -69,7 +75,7 @@ class EnginePool:
         self._incidents.count("turns_resubmitted")
         if self._engines[index] is engine:  # else it has been replaced meanwhile
             self._engines[index] = None
-            self._incidents.note(f"engine {index} died: {error}")
+            self._incidents.note(f"engine {index} is lost: {error}")
 
 
 class EngineLease:

@@ -1,4 +1,4 @@
-"""The actors of one model: engines and rollout workers, each replaced when its process dies."""
+"""The actors of one model: engines and rollout workers, each replaced when it dies or hangs."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from megatron_sod.observe.progress import say
 from megatron_sod.rollout.agent_loop import SampledTurn, Sampling
 from megatron_sod.rollout.engine import Engine, EngineWeights, engine_environment
 from megatron_sod.rollout.placement import engine_places
+from megatron_sod.rollout.pulse import Pulse
 from megatron_sod.rollout.ray_instance import get, log_folder, on_machine
 from megatron_sod.rollout.worker import RolloutWorker
 
@@ -56,7 +57,7 @@ class RayEngine:
 
 
 class Fleet:
-    """Starts the actors, watches them, replaces the dead."""
+    """Starts the actors, watches them, replaces the dead and the silent."""
 
     def __init__(
         self,
@@ -77,6 +78,12 @@ class Fleet:
         self._num_restarts, self._is_closing = 0, False
         self._lifelines: dict[Any, tuple[str, int]] = {}
         self._joining: dict[Any, int] = {}
+        self._pulse = Pulse(
+            self._sign_of_life,
+            lambda reply: bool(ray.wait([reply], timeout=0)[0]),
+            limit_s=rollout.silence_timeout_s,
+            start_limit_s=rollout.engine.start_timeout_s,
+        )
         self.engines = [self._new_engine(i) for i in range(rollout.engine.num_engines)]
         self.workers = [self._new_worker(i) for i in range(rollout.num_workers)]
 
@@ -118,40 +125,67 @@ class Fleet:
         if event in self._joining:
             self._joined(event)
         elif event in self._lifelines:
-            kind, index = self._lifelines[event]
-            if kind == "engine":
-                self._replace_engine(index, event)
-            else:
-                self._replace_worker(index, event)
+            self._replace(self._lifelines[event], f"died ({_reason(event)})")
 
     def worker_failed(self, worker: Any) -> None:
         """A call to the worker found it dead, maybe before its lifeline did."""
-        for event, (kind, index) in list(self._lifelines.items()):
-            if kind == "worker" and self.workers[index] is worker:
-                self._replace_worker(index, event)
+        if worker in self.workers:
+            place = ("worker", self.workers.index(worker))
+            event = next(event for event, p in self._lifelines.items() if p == place)
+            self.handle(event)
+
+    def wait(self, calls: list[Any], timeout_s: float) -> Any | None:
+        """The first of `calls` and `events` to become ready; None when nothing did for a moment.
+        Actors that hang are replaced on the way.
+
+        Raises:
+            RolloutError: as `handle`.
+        """
+        for actor, silence_s in self._pulse.silent([*self.engines, *self.workers]):
+            kind, index = self._place(actor)
+            self.counts[f"{kind}_hangs"] += 1
+            self._replace((kind, index), f"hangs: no sign of life for {silence_s:.0f} s")
+        pause_s = min(timeout_s, self._pulse.interval_s)
+        ready, _ = ray.wait([*calls, *self.events], num_returns=1, timeout=pause_s)
+        return ready[0] if ready else None
 
     def heal(self, patience_s: float = 0.0) -> bool:
-        """Replace whatever died and wait until it is ready. Whether there was anything to do."""
-        is_healed = False
-        timeout_s = self._config.rollout.engine.start_timeout_s
-        while True:
-            wait_s = timeout_s if self._joining else patience_s
-            ready, _ = ray.wait(self.events, num_returns=1, timeout=wait_s)
-            if not ready and self._joining:
-                raise RolloutError(
-                    f"an engine that was started again did not get ready within {timeout_s:.0f} s; "
-                    f"see its log under {log_folder()}, or raise rollout.engine.start_timeout_s"
-                )
-            if not ready:
-                return is_healed
-            self.handle(ready[0])
-            is_healed, patience_s = True, 0.0
+        """Replace whatever died or hangs and wait until it is ready. Whether there was anything to
+        do; `patience_s` is for a death to become known."""
+        before, until = self._num_restarts, time.monotonic() + patience_s
+        while self._joining or self._pulse.is_anyone_silent or time.monotonic() < until:
+            event = self.wait([], self._pulse.interval_s)
+            if event is not None:
+                self.handle(event)
+        return self._num_restarts > before
 
-    def _replace_engine(self, index: int, event: Any) -> None:
-        reason = _reason(event)
-        del self._lifelines[event]
-        self._restarted("engine", index, reason)
+    def _place(self, actor: Any) -> tuple[str, int]:
+        if actor in self.engines:
+            return "engine", self.engines.index(actor)
+        return "worker", self.workers.index(actor)
+
+    def _sign_of_life(self, actor: Any) -> Any:
+        """A call that the actor answers if it can; an engine that joins has one to answer."""
+        joins = [event for event, i in self._joining.items() if self.engines[i] == actor]
+        return joins[0] if joins else actor.ready.remote()
+
+    def _replace(self, place: tuple[str, int], what: str) -> None:
+        """Give the actor at `place` up for what it did, and start another one."""
+        kind, index = place
+        self._lifelines = {event: p for event, p in self._lifelines.items() if p != place}
+        self._restarted(kind, index, what)
+        if kind == "worker":
+            ray.kill(self.workers[index])
+            self.workers[index] = self._new_worker(index)
+            return
+        self._joining = {event: i for event, i in self._joining.items() if i != index}
         ray.kill(self.engines[index])
+        if self.weights is not None and not self.weights.is_kept:
+            raise RolloutError(
+                f"engine {index} {what}, and the weights the others hold are not kept for one that "
+                "starts later: start the run again from its checkpoint; on one host, "
+                "transfer.keep_sent true with the shared_memory backend keeps them for this case"
+            )
         self.engines[index] = self._new_engine(index)
         self._joining[self.engines[index].join.remote(self.weights, index)] = index
 
@@ -160,8 +194,8 @@ class Fleet:
         try:
             logprobs = get(event, 0, f"engine {index}, started again,")
         except RolloutError as error:
-            say(str(error))
-            return  # its lifeline breaks as well, and it is replaced once more
+            self._replace(("engine", index), f"failed before it served ({error})")
+            return
         self._check_weights(index, logprobs)
         say(f"engine {index} serves again")
         for worker in self.workers:
@@ -178,25 +212,19 @@ class Fleet:
                     f"{self._config.transfer.canary_tolerance:.3g}; nothing was trained on it"
                 )
 
-    def _replace_worker(self, index: int, event: Any) -> None:
-        reason = _reason(event)
-        del self._lifelines[event]
-        self._restarted("worker", index, reason)
-        ray.kill(self.workers[index])
-        self.workers[index] = self._new_worker(index)
-
-    def _restarted(self, kind: str, index: int, reason: str) -> None:
+    def _restarted(self, kind: str, index: int, what: str) -> None:
         self._num_restarts += 1
         self.counts[f"{kind}_restarts"] += 1
         allowed = self._config.rollout.max_restarts
         if self._num_restarts > allowed:
             raise RolloutError(
-                f"{kind} {index} died ({reason}), the {self._num_restarts}th process of this "
-                f"rollout to do so; rollout.max_restarts allows {allowed}. Nothing was trained on "
-                f"this iteration. See the logs under {log_folder()}; out of memory is the usual "
-                "reason: lower rollout.engine.kv_cache_gb, gpu_memory_utilization or max_num_seqs"
+                f"{kind} {index} {what}, the {self._num_restarts}th process of this rollout that "
+                f"is lost; rollout.max_restarts allows {allowed}. Nothing was trained on this "
+                f"iteration. See the logs under {log_folder()}. Processes die for want of memory "
+                "as a rule: lower rollout.engine.kv_cache_gb, gpu_memory_utilization or "
+                "max_num_seqs. Those that only seem to hang need a higher rollout.silence_timeout_s"
             )
-        say(f"{kind} {index} died ({reason}); starting it again")
+        say(f"{kind} {index} {what}; starting it again")
 
     def _new_engine(self, index: int) -> Any:
         actor = ray.remote(  # type: ignore[call-overload]
@@ -221,7 +249,9 @@ class Fleet:
         return options
 
     def _new_worker(self, index: int) -> Any:
-        engines = [RayEngine(engine) for engine in self.engines]
+        # One that joins may not have the weights yet; the worker hears of it when it has.
+        joining = self._joining.values()
+        engines = [None if i in joining else RayEngine(e) for i, e in enumerate(self.engines)]
         actor = ray.remote(  # type: ignore[call-overload]
             num_cpus=0, max_concurrency=_CALLS_AT_ONCE
         )(RolloutWorker).remote(self._config, engines, index)

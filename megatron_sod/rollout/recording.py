@@ -30,7 +30,7 @@ class Recording:
         """The trajectories of one iteration, in their order.
 
         Raises:
-            DataError: the file is missing or damaged.
+            DataError: the file is missing, damaged or of another version.
         """
         return read_trajectories(self._path(iteration))
 
@@ -62,12 +62,18 @@ def read_trajectories(path: Path) -> list[Trajectory]:
     """What `write_trajectories` stored.
 
     Raises:
-        DataError: the file is not one of ours.
+        DataError: the file is not one of ours, or lacks a column.
     """
     import pyarrow
     import pyarrow.parquet
 
     try:
+        missing = set(schema().names) - set(pyarrow.parquet.read_schema(path).names)
+        if missing:
+            raise DataError(
+                f"{path}: recorded by another version, without {', '.join(sorted(missing))}; "
+                "record the rollouts again with this one"
+            )
         rows = pyarrow.parquet.read_table(path, schema=schema()).to_pylist()
         return [
             Trajectory(**{**row, "steps": tuple(Step(**step) for step in row["steps"])})

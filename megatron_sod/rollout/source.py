@@ -17,6 +17,7 @@ from typing import Protocol
 
 from megatron_sod.config.schema import SodConfig
 from megatron_sod.data.order import PromptOrder
+from megatron_sod.observe.progress import say
 from megatron_sod.rollout.groups import GroupRequest, RolloutResult
 from megatron_sod.rollout.recording import Recording, read_trajectories, write_trajectories
 from megatron_sod.rollout.waiting import waiting_metrics
@@ -92,6 +93,7 @@ class LiveRollouts:
         self._ahead: _Ahead | None = None
         self._ready: RolloutResult | None = None  # rolled out, not collected
         self._carried: list[GroupRequest] = []
+        self._num_discarded = 0  # trajectories, since the last `collect`
         self.metrics: dict[str, float] = {}
 
     def collect(self, iteration: int, num_trained: int) -> list[Trajectory]:
@@ -103,6 +105,8 @@ class LiveRollouts:
         self.metrics = {f"rollout/{name}": float(n) for name, n in result.counts.items()}
         self.metrics |= {"rollout/wall_s": result.wall_s, "rollout/carried": len(result.carried)}
         self.metrics |= waiting_metrics(result.took)
+        self.metrics["rollout/discarded"] = float(self._num_discarded)
+        self._num_discarded = 0
         if self._recording is not None:
             self._recording.write(iteration, result.trajectories)
         return result.trajectories
@@ -118,6 +122,15 @@ class LiveRollouts:
 
     def discard(self) -> None:
         self.finish_ahead()
+        begun = self._ready.carried if self._ready else self._carried
+        trajectories = [t for group in begun for t in group.begun]
+        trajectories += self._ready.trajectories if self._ready else []
+        if trajectories:
+            self._num_discarded += len(trajectories)
+            say(
+                f"{len(trajectories)} trajectories rolled out ahead by weights that were taken "
+                "back are thrown away; their prompts are drawn again"
+            )
         self._ready, self._carried = None, []
 
     def _roll_out(self, iteration: int, num_trained: int) -> RolloutResult:

@@ -42,7 +42,7 @@ def make_chat(config: SodConfig, model_dir: str) -> ChatFormat:
 class RolloutWorker:
     """Runs groups of trajectories concurrently on one event loop."""
 
-    def __init__(self, config: SodConfig, engines: list[RemoteEngine], number: int = 0):
+    def __init__(self, config: SodConfig, engines: list[RemoteEngine | None], number: int = 0):
         self._config = config
         self._chat = make_chat(config, config.student.path)
         self._incidents = Incidents()

@@ -1,4 +1,4 @@
-"""Rollouts one iteration ahead, carried over, replayed; a run that infrastructure stops.
+"""Rollouts one iteration ahead, carried over, replayed, taken back; a run without its sandbox.
 
 Layers: real runs of two ranks with the demo's models, checked from their files. The importance
 weights themselves: tests/scoring, tests/train; the accounts: tests/rollout.
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_sod.observe.watchdog import SIGNALS
 from megatron_sod.rollout.recording import Recording
 from tests.helpers.gloo import free_port
 from tests.helpers.launch import end, marker_of, processes_of, run, start
@@ -128,6 +129,52 @@ def test_groups_carried_over_finish_with_newer_weights_and_are_trained_once(tmp_
             assert versions == sorted(versions) and set(versions) <= {drawn - 1, iteration - 1}
     mixed = [t for i in (2, 3, 4) for t in recording.read(i) if t.is_mixed_version]
     assert mixed, "no trajectory was interrupted: the test shows nothing"
+
+
+def test_after_a_rollback_the_rollout_ahead_is_thrown_away_and_the_next_is_on_policy(tmp_path):
+    """Entropy "falls" from iteration 3 on, by a bound nothing can meet: the run goes back to 2,
+    does 3 again and then stops."""
+    run_dir, log = tmp_path / "run", tmp_path / "run.log"
+    others = {signal.key for signal in SIGNALS} - {"min_entropy_share"}
+    process = start(
+        "train_sod.py",
+        *_arguments(
+            run_dir,
+            "rollout.max_staleness=1",
+            "rollout.record=true",
+            "train.save_interval=1",
+            "train.keep_last=9",
+            "watchdog.action=rollback",
+            "watchdog.max_rollbacks=1",
+            "watchdog.patience=1",
+            "watchdog.baseline_iterations=2",
+            "watchdog.min_entropy_share=1000",
+            *(f"watchdog.{key}=null" for key in others),
+        ),
+        nproc=2,
+        log=log,
+    )
+    try:
+        assert process.wait(timeout=400) != 0
+    finally:
+        end(process)
+    text = log.read_text()
+    assert "back to iteration 2" in text and "training looks like it is collapsing" in text
+    size = BATCH * GROUP
+    assert f"{size} trajectories rolled out ahead by weights that were taken back" in text
+    (taken_back,) = map(json.loads, (run_dir / "metrics.rolled_back.jsonl").open())
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").open()]
+    assert [row["iteration"] for row in rows] == [1, 2, 3] and taken_back["iteration"] == 3
+    assert [row["rollout/discarded"] for row in rows] == [0, 0, size]
+    assert taken_back["actor/engine_gap"] > 1e-3, "it was one version behind"
+    assert rows[2]["actor/engine_gap"] < 1e-3, "the engines hold what is trained"
+    assert rows[2]["actor/importance"] == pytest.approx(1.0, abs=1e-3)
+    recording = Recording(run_dir / "rollouts")
+    seen = [recording.read(iteration) for iteration in (1, 2, 3)]
+    versions = [{v for t in part for v in t.policy_versions if v >= 0} for part in seen]
+    assert versions == [{0}, {0}, {4}], "three updates and the way back"
+    prompts = [{t.prompt_id for t in part} for part in seen]
+    assert not prompts[2] & (prompts[0] | prompts[1])
 
 
 def test_a_run_without_its_sandbox_stops_before_the_optimizer_and_leaves_nothing(tmp_path):

@@ -76,8 +76,49 @@ def test_a_turn_of_a_dead_engine_is_asked_for_again_elsewhere_with_the_same_toke
     assert engines[0].asked == engines[1].asked[:1] and len(engines[1].asked) == 2
     assert pool.loads == [0, 0]
     counts, notes = incidents.take()
-    assert counts == {"turns_resubmitted": 1} and "engine 0 died" in notes[0]
+    assert counts == {"turns_resubmitted": 1} and "engine 0 is lost" in notes[0]
     assert incidents.take() == ({}, [])
+
+
+def test_a_turn_of_an_engine_that_hangs_is_asked_for_again_once_it_is_given_up():
+    pool, engines, incidents = _pool(2)
+
+    class Hanging(Mortal):
+        given_up = None
+
+        async def generate(self, token_ids, sampling):
+            self.asked.append((token_ids, sampling))
+            await self.given_up.wait()
+            raise EngineLost("ended by the fleet")
+
+    async def scenario():
+        hanging = Hanging(7)
+        hanging.given_up = asyncio.Event()
+        pool.replace(0, hanging)
+        with ExitStack() as stack:
+            leases = [stack.enter_context(pool.lease()) for _ in range(4)]
+            turns = [asyncio.create_task(_turn(lease)) for lease in leases]
+            await asyncio.sleep(0.01)
+            assert [turn.done() for turn in turns] == [False, True, False, True]
+            hanging.given_up.set()
+            return await asyncio.gather(*turns), len(hanging.asked), len(engines[1].asked)
+
+    assert asyncio.run(scenario()) == ([1, 1, 1, 1], 2, 4)
+    assert incidents.take()[0] == {"turns_resubmitted": 2} and pool.loads == [0, 0]
+
+
+def test_a_pool_may_begin_with_an_engine_that_is_not_there_yet():
+    pool = EnginePool([None, None], Incidents())
+
+    async def scenario():
+        with pool.lease() as lease:
+            turn = asyncio.create_task(_turn(lease))
+            await asyncio.sleep(0.01)
+            assert not turn.done()
+            pool.replace(1, Mortal(9))
+            return await turn
+
+    assert asyncio.run(scenario()) == 9
 
 
 def test_with_every_engine_dead_turns_wait_for_the_replacement():

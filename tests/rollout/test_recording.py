@@ -5,6 +5,7 @@ Layer: pure, files in a temporary folder. Training on a replay: tests/end_to_end
 
 from dataclasses import fields, replace
 
+import pyarrow.parquet as parquet
 import pytest
 
 from megatron_sod.errors import DataError
@@ -51,6 +52,16 @@ def test_a_recording_with_a_gap_is_refused_with_what_to_do(tmp_path):
     recording.check_complete(1)
     with pytest.raises(DataError, match="iteration 2 of 3 was not recorded; lower"):
         recording.check_complete(3)
+
+
+def test_a_recording_from_before_a_field_existed_is_refused_by_the_fields_name(tmp_path):
+    """Read as it is, the field would be None and fail far from its cause."""
+    recording = Recording(tmp_path)
+    recording.write(1, TRAJECTORIES)
+    path = tmp_path / "iter_000001.parquet"
+    parquet.write_table(parquet.read_table(path).drop_columns(["score"]), path)
+    with pytest.raises(DataError, match="iter_000001.*another version, without score; record"):
+        recording.read(1)
 
 
 def test_a_damaged_file_is_named(tmp_path):

@@ -32,6 +32,7 @@ class Engines:
     def __init__(self, seed: int = 0):
         self._rng = random.Random(seed)
         self.asked: list[list[str]] = []
+        self.version = 0
 
     def run(self, groups, sampling, *, what, num_needed):
         self.asked.append([f"{g.prompt.prompt_id}/{g.tag}" for g in groups])
@@ -43,7 +44,12 @@ class Engines:
         for index in running:
             group, reason = groups[index], "interrupted" if board.is_enough else "answer"
             trajectories = [
-                replace(PLAIN, trajectory_id=group.trajectory_id(i), finish_reason=reason)
+                replace(
+                    PLAIN,
+                    trajectory_id=group.trajectory_id(i),
+                    finish_reason=reason,
+                    policy_version=self.version,
+                )
                 for i in range(SIZE)
             ]
             board.finish(index, GroupResult(trajectories, Counter(sandbox_retries=1)))
@@ -117,14 +123,41 @@ def test_a_resumed_run_goes_on_with_what_was_ahead_or_carried(
     assert len(flat) == len(set(flat)) == ITERATIONS * BATCH * SIZE
 
 
-def test_what_is_discarded_is_drawn_again():
+@pytest.mark.parametrize("is_ahead", [False, True])
+def test_what_is_discarded_is_counted_told_and_drawn_again(is_ahead, capfd):
     engines = Engines()
     source = _source(engines, partial_prompts=2)
-    _iterate(source, last=2, is_ahead=True)
+    _iterate(source, last=2, is_ahead=is_ahead)
     source.discard()
+    num_discarded = (2 + BATCH * is_ahead) * SIZE  # what was carried, and what was ahead
+    assert f"{num_discarded} trajectories" in capfd.readouterr().err
     collected = [t.trajectory_id for t in source.collect(2, 2 * BATCH)]  # back by one iteration
     first = PromptOrder(40, 1).draw(2 * BATCH, BATCH + 2)
     assert engines.asked[-1] == [f"p:{i}/2" for i in first] and len(collected) == BATCH * SIZE
+    assert source.metrics["rollout/discarded"] == num_discarded
+    source.collect(3, 3 * BATCH)
+    assert source.metrics["rollout/discarded"] == 0, "counted once"
+
+
+def test_after_going_back_no_token_of_the_weights_taken_back_is_collected():
+    """With a rollout ahead: versions 0 to 3 are bad, the engines then get version 4."""
+    engines = Engines()
+    source = _source(engines, max_staleness=1)
+    for iteration in range(1, 4):
+        source.collect(iteration, (iteration - 1) * BATCH)
+        source.start_ahead(iteration + 1, iteration * BATCH)
+        source.finish_ahead()
+        engines.version = iteration
+    source.discard()
+    engines.version = 4
+    versions = []
+    for iteration in range(2, 5):  # from the checkpoint of iteration 1; 12 prompts are used up
+        collected = source.collect(iteration, (iteration + 1) * BATCH)
+        versions.append({t.policy_version for t in collected})
+        source.start_ahead(iteration + 1, (iteration + 2) * BATCH)
+        source.finish_ahead()
+        engines.version += 1
+    assert versions == [{4}, {4}, {5}], "on-policy once, then one behind as always"
 
 
 def test_a_strictly_on_policy_run_stores_nothing(tmp_path):

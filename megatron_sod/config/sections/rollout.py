@@ -78,6 +78,12 @@ class RolloutConfig(Section):
     max_in_flight: int | None = Field(
         None, gt=0, description="trajectories at a time; null: twice what the engines decode"
     )
+    silence_timeout_s: float = Field(
+        300,
+        gt=0,
+        description="an engine or worker without a sign of life for so long is replaced like a "
+        "dead one; must exceed the longest forward pass",
+    )
     max_restarts: int = Field(
         3, ge=0, description="engine and worker processes replaced per rollout; one more: stop"
     )
