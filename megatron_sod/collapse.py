@@ -90,7 +90,7 @@ def _roll_back(session: Session, good: Path, transfer: Callable[[Session, int], 
     if session.is_main:
         session.run_dir.append(ALARMS, {"iteration": bad.iteration, "back_to": restored.iteration})
         session.run_dir.set_aside_after(restored.iteration)
-        checkpoint_files.mark(session.checkpoints.folder, checkpoint_files.LATEST, good)
+        checkpoint_files.take_back(session.checkpoints.folder, good, restored.best_iteration)
         assert session.watchdog is not None, "rank 0 has asked it"
         session.watchdog.forget_after(restored.iteration)
         if session.rollouts is not None:

@@ -95,6 +95,23 @@ def delete_old(root: Path, newest: Path, *, keep_last: int) -> None:
             shutil.rmtree(path)
 
 
+def take_back(root: Path, good: Path, best_iteration: int | None) -> None:
+    """Go on from `good`: what was saved after it, in a branch that is given up, goes.
+
+    Args:
+        best_iteration: of the best checkpoint up to `good`; None: there is none.
+    """
+    mark(root, LATEST, good)
+    best = root / folder_name(best_iteration) if best_iteration is not None else None
+    if best is not None and best.is_dir():
+        mark(root, BEST, best)
+    else:
+        (root / BEST).unlink(missing_ok=True)
+    for path in complete_checkpoints(root):
+        if path.name > good.name:
+            shutil.rmtree(path)
+
+
 def checksum(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
