@@ -37,8 +37,11 @@ SAMPLING = GroupSampling(temperature=1.0, top_p=1.0, seed=5)
 _BUSY_TIMEOUT_S = 60
 
 
-def rollout_config(service_url: str, **rollout) -> SodConfig:
-    """Twelve prompts of the demo's world, groups of four."""
+def rollout_config(service_url: str | None, **rollout) -> SodConfig:
+    """Twelve prompts of the demo's world, groups of four. Without a service: the local sandbox."""
+    sandbox: dict = {"kind": "sandbox_fusion", "url": [service_url], "max_infra_retries": 0}
+    if service_url is None:
+        sandbox = {"kind": "local", "timeout_s": 10, "max_infra_retries": 5}
     engine = {"max_num_seqs": 32, "start_timeout_s": 600, **rollout.pop("engine", {})}
     settings = {
         "num_generations": GROUP,
@@ -56,7 +59,7 @@ def rollout_config(service_url: str, **rollout) -> SodConfig:
         STUDENT,
         data={"train": ["tiny_world:train:12"], "tools_in_prompt": False},
         rollout={**settings, "engine": engine},
-        sandbox={"kind": "sandbox_fusion", "url": [service_url], "max_infra_retries": 0},
+        sandbox=sandbox,
     )
 
 

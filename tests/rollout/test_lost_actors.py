@@ -1,15 +1,18 @@
 """Engines and workers that die or hang, among several and in parts: replaced whole, nothing lost.
 
 Layer: the real controller with two engines and two workers, then with an engine over two
-tensor-parallel processes; processes are killed or stopped while they sample. One engine and one
-worker killed: test_controller.py; the decisions alone: test_fleet.py, test_pulse.py.
+tensor-parallel processes and the local sandbox; processes are killed or stopped while they sample.
+One engine and one worker killed: test_controller.py; the decisions alone: test_fleet.py,
+test_pulse.py.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
+import time
 
 import psutil
 import pytest
@@ -40,15 +43,16 @@ SHAPES = {
 @pytest.fixture(scope="module", params=SHAPES)
 def scene(request, tmp_path_factory):
     """Controller, prompts and what an undisturbed rollout gives."""
-    service = FlakyService()
+    service = FlakyService() if request.param == "two of each" else None
     settings = {"timeout_s": 600, "silence_timeout_s": SILENCE_TIMEOUT_S, **SHAPES[request.param]}
-    config = rollout_config(service.url, **settings)
+    config = rollout_config(service.url if service else None, **settings)
     prompts = load_all_prompts(config, make_chat(config, config.student.path))
     with serving_controller(config, tmp_path_factory.mktemp("links")) as controller:
         undisturbed = roll_out(controller, prompts).trajectories
         check_accounts(undisturbed, prompts)
         yield controller, prompts, undisturbed
-    service.close()
+    if service:
+        service.close()
 
 
 @pytest.fixture
@@ -149,6 +153,22 @@ def test_an_engine_that_only_pauses_is_left_alone(two_of_each):
 
     result = roll_out_disturbed(controller, prompts, pause)
     _check(two_of_each, result, [], {})
+
+
+def test_a_sandbox_killed_again_and_again_costs_retries_and_no_trajectory(tensor_parallel):
+    controller, prompts, _ = tensor_parallel
+    worker = _tree(controller.fleet.workers[0])[0]
+
+    def kill_guests():
+        for _ in range(4):
+            for process in worker.children(recursive=True):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            time.sleep(0.2)
+
+    result = roll_out_disturbed(controller, prompts, kill_guests)
+    _check(tensor_parallel, result, [], {})
+    assert result.counts["sandbox_retries"] > 0, "no call was running: the test shows nothing"
 
 
 @pytest.mark.parametrize(
