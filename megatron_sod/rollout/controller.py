@@ -113,7 +113,7 @@ class RolloutController:
             self._wait(running, board, deadline, what)
         if is_stopping:
             self._set_stopping(False)
-        board.counts += self.fleet.counts
+        board.counts += self.fleet.take_counts()
         _tell(what, board)
         result = board.result()
         return replace(result, wall_s=time.monotonic() - started)
@@ -163,6 +163,7 @@ class RolloutController:
 
         def update(info: dict, version: int) -> None:
             assert self.fleet.weights is not None, "connect before update"
+            self.fleet.heal()  # one that still joins would get two transfers at once
             connect_info = self.fleet.weights.connect_info
             # An engine started from now on reads the new weights.
             self.fleet.weights = EngineWeights(connect_info, info, version)

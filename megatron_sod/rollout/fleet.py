@@ -105,9 +105,13 @@ class Fleet:
         )
 
     def begin_rollout(self) -> None:
-        """A new rollout has a new budget of restarts."""
+        """A new rollout, or transfer, has a new budget of restarts."""
         self._num_restarts = 0
-        self.counts = Counter()
+
+    def take_counts(self) -> Counter[str]:
+        """Restarts and hangs since they were last taken."""
+        counts, self.counts = self.counts, Counter()
+        return counts
 
     @property
     def events(self) -> list[Any]:
@@ -150,14 +154,15 @@ class Fleet:
         return ready[0] if ready else None
 
     def heal(self, patience_s: float = 0.0) -> bool:
-        """Replace whatever died or hangs and wait until it is ready. Whether there was anything to
-        do; `patience_s` is for a death to become known."""
-        before, until = self._num_restarts, time.monotonic() + patience_s
+        """Replace whatever died or hangs and wait until all engines serve. Whether there was
+        anything to do; `patience_s` is for a death to become known."""
+        is_healed, until = bool(self._joining), time.monotonic() + patience_s
+        before = self._num_restarts
         while self._joining or self._pulse.is_anyone_silent or time.monotonic() < until:
             event = self.wait([], self._pulse.interval_s)
             if event is not None:
                 self.handle(event)
-        return self._num_restarts > before
+        return is_healed or self._num_restarts > before
 
     def _place(self, actor: Any) -> tuple[str, int]:
         if actor in self.engines:

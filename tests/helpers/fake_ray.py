@@ -17,6 +17,7 @@ class FakeActor:
     arguments: tuple
     state: str = "serving"  # starting | serving | silent | dead
     join_error: Exception | None = None
+    join_result: list = field(default_factory=list)
     calls: list[tuple[str, tuple]] = field(default_factory=list)
 
     def __getattr__(self, name: str):
@@ -65,12 +66,14 @@ class FakeRay:
             self.now += timeout
         return ready[:num_returns], [reply for reply in replies if reply not in ready]
 
-    def get(self, reply: Reply, timeout: float = 0, what: str = "") -> Any:
+    def get(self, reply: Reply | list[Reply], timeout: float = 0, what: str = "") -> Any:
+        if isinstance(reply, list):
+            return [self.get(each) for each in reply]
         if reply.actor.state == "dead":
             raise self.exceptions.RayActorError()
         if reply.name == "join" and reply.actor.join_error is not None:
             raise reply.actor.join_error
-        return []
+        return reply.actor.join_result
 
     def kill(self, actor: FakeActor) -> None:
         actor.state = "dead"

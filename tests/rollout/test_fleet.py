@@ -6,6 +6,7 @@ test_controller.py, test_lost_actors.py.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +14,9 @@ import pytest
 pytest.importorskip("ray", reason="actors are ray's")
 
 from megatron_sod.errors import RolloutError  # noqa: E402
+from megatron_sod.rollout import controller as controller_module  # noqa: E402
 from megatron_sod.rollout import fleet as fleet_module  # noqa: E402
+from megatron_sod.rollout.controller import RolloutController  # noqa: E402
 from megatron_sod.rollout.engine import EngineWeights  # noqa: E402
 from megatron_sod.rollout.fleet import Fleet  # noqa: E402
 from megatron_sod.rollout.pulse import Pulse  # noqa: E402
@@ -37,15 +40,19 @@ def fake_ray(monkeypatch):
     return fake
 
 
-@pytest.fixture
-def fleet(fake_ray):
+def _config():
     rollout = {
         "num_workers": 2,
         "max_restarts": 2,
         "silence_timeout_s": LIMIT_S,
         "engine": {"num_engines": 2, "start_timeout_s": START_S},
     }
-    config = sod_config("student", "teacher", rollout=rollout)
+    return sod_config("student", "teacher", rollout=rollout)
+
+
+@pytest.fixture
+def fleet(fake_ray):
+    config = _config()
     fleet = Fleet(config, config.student, load_weights=False)
     fleet.weights = KEPT
     return fleet
@@ -158,4 +165,24 @@ def test_a_new_rollout_has_a_new_budget_of_restarts(fleet, fake_ray):
         fleet.begin_rollout()
         fleet.engines[0].state = fleet.workers[1].state = "dead"
         _watch(fleet, fake_ray, 5)
-        assert fleet.counts == {"engine_restarts": 1, "worker_restarts": 1}
+        assert fleet.take_counts() == {"engine_restarts": 1, "worker_restarts": 1}
+        assert not fleet.take_counts(), "counted once"
+
+
+def test_a_transfer_waits_for_an_engine_that_still_joins(fake_ray, monkeypatch):
+    """It died in a rollout that the other engine finished alone; two transfers at a time would
+    leave it with either's weights."""
+    monkeypatch.setattr(controller_module, "start_ray", lambda: None)
+    monkeypatch.setattr(controller_module, "get", fake_ray.get)
+    config = _config()
+    controller = RolloutController(config, config.student, load_weights=False)
+    fleet, control = controller.fleet, controller.engine_control()
+    fleet.weights = replace(KEPT, canaries=[[1, 2]], canary_logprobs=[[-0.5]])
+    fake_ray.on_start = lambda actor: setattr(actor, "join_result", [[-0.5]])
+    fleet.engines[0].state = "dead"
+    fleet.handle(fleet.wait([], 1.0))
+    assert fleet.engines[0].calls[-1][0] == "join"
+    control.update({"policy_version": 4}, 4)
+    assert [name for name, _ in fleet.engines[0].calls][-1] == "update_weights"
+    assert all(_known_engines(worker)[0] is fleet.engines[0] for worker in fleet.workers)
+    assert fleet.weights.policy_version == 4
