@@ -57,7 +57,7 @@ EXCEPTIONS = {
 SIDE_ORDER = ("sandbox", "observe", "data", "train", "scoring", "reshard", "rollout", "eval")
 
 HEAVY = {
-    "ray": ("rollout.controller", "rollout.fleet", "rollout.ray_instance"),
+    "ray": ("rollout.controller", "rollout.engine_actor", "rollout.fleet", "rollout.ray_instance"),
     "vllm": ("rollout.engine", "reshard.vllm_"),
     "megatron": (
         "parallel.",

@@ -2,58 +2,22 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import os
 import time
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import ray
-import torch
 
-from megatron_sod.config.schema import EngineConfig, ModelConfig, SodConfig
-from megatron_sod.errors import EngineLost, RolloutError
+from megatron_sod.config.schema import ModelConfig, SodConfig
+from megatron_sod.errors import RolloutError
 from megatron_sod.observe.progress import say
-from megatron_sod.rollout.agent_loop import SampledTurn, Sampling
-from megatron_sod.rollout.engine import Engine, EngineWeights, engine_environment
-from megatron_sod.rollout.placement import engine_places
+from megatron_sod.rollout.engine import EngineWeights
+from megatron_sod.rollout.engine_actor import RayEngine, engine_options, start_engine
 from megatron_sod.rollout.pulse import Pulse
-from megatron_sod.rollout.ray_instance import get, log_folder, on_machine
+from megatron_sod.rollout.ray_instance import CALLS_AT_ONCE, get, log_folder
 from megatron_sod.rollout.worker import RolloutWorker
-
-_CALLS_AT_ONCE = 4096
-_UNREACHABLE_PAUSE_S = 1.0
-
-
-class RayEngine:
-    """An Engine actor as a worker sees it."""
-
-    def __init__(self, actor: Any):
-        self._actor = actor
-
-    async def generate(self, token_ids: list[int], sampling: Sampling) -> SampledTurn:
-        """As Engine.generate.
-
-        Raises:
-            EngineLost: the actor's process, or vLLM's core in it, is dead.
-        """
-        while True:
-            call = self._actor.generate.remote(token_ids, sampling)
-            try:
-                return await call
-            except asyncio.CancelledError:
-                ray.cancel(call)  # a trajectory out of time must not keep the engine busy
-                raise
-            except ray.exceptions.ActorUnavailableError:  # the network, not the actor
-                await asyncio.sleep(_UNREACHABLE_PAUSE_S)
-            except ray.exceptions.RayActorError as error:
-                raise EngineLost(str(error).strip().splitlines()[0]) from None
-            except ray.exceptions.RayTaskError as error:
-                if type(error.cause).__name__ == "EngineDeadError":
-                    raise EngineLost(str(error.cause)) from None
-                raise
 
 
 class Fleet:
@@ -70,7 +34,7 @@ class Fleet:
     ):
         """As RolloutController."""
         self._config, self._machines = config, machines
-        self._engine_options = _engine_options(config, model, load_weights, vocab_size)
+        self._engine_options = engine_options(config, model, load_weights, vocab_size)
         rollout = config.rollout
         self.weights: EngineWeights | None = None  # what the engines hold; None: from disk
         self.counts: Counter[str] = Counter()
@@ -134,8 +98,8 @@ class Fleet:
     def worker_failed(self, worker: Any) -> None:
         """A call to the worker found it dead, maybe before its lifeline did."""
         if worker in self.workers:
-            place = ("worker", self.workers.index(worker))
-            event = next(event for event, p in self._lifelines.items() if p == place)
+            post = ("worker", self.workers.index(worker))
+            event = next(event for event, p in self._lifelines.items() if p == post)
             self.handle(event)
 
     def wait(self, calls: list[Any], timeout_s: float) -> Any | None:
@@ -146,7 +110,7 @@ class Fleet:
             RolloutError: as `handle`.
         """
         for actor, silence_s in self._pulse.silent([*self.engines, *self.workers]):
-            kind, index = self._place(actor)
+            kind, index = self._post_of(actor)
             self.counts[f"{kind}_hangs"] += 1
             self._replace((kind, index), f"hangs: no sign of life for {silence_s:.0f} s")
         pause_s = min(timeout_s, self._pulse.interval_s)
@@ -164,7 +128,7 @@ class Fleet:
                 self.handle(event)
         return is_healed or self._num_restarts > before
 
-    def _place(self, actor: Any) -> tuple[str, int]:
+    def _post_of(self, actor: Any) -> tuple[str, int]:
         if actor in self.engines:
             return "engine", self.engines.index(actor)
         return "worker", self.workers.index(actor)
@@ -174,10 +138,10 @@ class Fleet:
         joins = [event for event, i in self._joining.items() if self.engines[i] == actor]
         return joins[0] if joins else actor.ready.remote()
 
-    def _replace(self, place: tuple[str, int], what: str) -> None:
-        """Give the actor at `place` up for what it did, and start another one."""
-        kind, index = place
-        self._lifelines = {event: p for event, p in self._lifelines.items() if p != place}
+    def _replace(self, post: tuple[str, int], what: str) -> None:
+        """Give the actor at its post up for what it did, and start another one."""
+        kind, index = post
+        self._lifelines = {event: p for event, p in self._lifelines.items() if p != post}
         self._restarted(kind, index, what)
         if kind == "worker":
             ray.kill(self.workers[index])
@@ -232,33 +196,16 @@ class Fleet:
         say(f"{kind} {index} {what}; starting it again")
 
     def _new_engine(self, index: int) -> Any:
-        actor = ray.remote(  # type: ignore[call-overload]
-            num_cpus=0, max_concurrency=_CALLS_AT_ONCE, **self._place_of(index)
-        )(Engine).remote(self._engine_options)
+        actor = start_engine(self._config, self._engine_options, index, self._machines)
         self._lifelines[actor.lifeline.remote()] = ("engine", index)
         return actor
-
-    def _place_of(self, index: int) -> dict[str, Any]:
-        """Environment, machine and GPUs of an engine's actor."""
-        runtime = engine_runtime(self._config.rollout.engine)
-        options: dict[str, Any] = {"runtime_env": runtime}
-        if torch.cuda.is_available():
-            cluster = self._config.cluster
-            place = engine_places(cluster, self._config.rollout)[index]
-            names = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-            runtime["env_vars"]["CUDA_VISIBLE_DEVICES"] = place.visible_devices(
-                cluster.gpus_per_node, names.split(",") if names else ()
-            )
-            if self._machines:
-                options["scheduling_strategy"] = on_machine(self._machines[place.machine])
-        return options
 
     def _new_worker(self, index: int) -> Any:
         # One that joins may not have the weights yet; the worker hears of it when it has.
         joining = self._joining.values()
         engines = [None if i in joining else RayEngine(e) for i, e in enumerate(self.engines)]
         actor = ray.remote(  # type: ignore[call-overload]
-            num_cpus=0, max_concurrency=_CALLS_AT_ONCE
+            num_cpus=0, max_concurrency=CALLS_AT_ONCE
         )(RolloutWorker).remote(self._config, engines, index)
         self._lifelines[actor.lifeline.remote()] = ("worker", index)
         return actor
@@ -281,35 +228,3 @@ def _reason(event: Any) -> str:
     except ray.exceptions.RayError as error:
         return str(error).strip().splitlines()[0]
     return "it returned"
-
-
-def engine_runtime(engine: EngineConfig) -> dict[str, Any]:
-    """Ray's runtime environment of an engine: vLLM may live beside another torch than ours."""
-    runtime: dict[str, Any] = {"env_vars": engine_environment(engine.kv_cache_gb)}
-    python = engine.py_executable or os.environ.get("SOD_ENGINE_PYTHON")
-    if python:
-        if not os.access(python, os.X_OK):
-            raise RolloutError(
-                f"rollout.engine.py_executable {python!r} is not an executable Python; give the "
-                "bin/python of the environment vLLM is installed in, or unset SOD_ENGINE_PYTHON"
-            )
-        runtime["py_executable"] = python
-    return runtime
-
-
-def _engine_options(
-    config: SodConfig, model: ModelConfig, load_weights: bool, vocab_size: int | None
-) -> dict[str, Any]:
-    rollout, engine = config.rollout, config.rollout.engine
-    return {
-        "model": os.path.abspath(model.path),
-        "dtype": model.dtype if engine.dtype == "auto" else engine.dtype,
-        "max_model_len": rollout.max_prompt_length + rollout.max_response_length,
-        "max_num_seqs": engine.max_num_seqs,
-        "tensor_parallel_size": engine.tensor_parallel_size,
-        "gpu_memory_utilization": engine.gpu_memory_utilization,
-        "load_format": "auto" if load_weights else "dummy",
-        "seed": config.seed,
-        "transfer_backend": config.transfer.backend,
-        "vocab_size": vocab_size,
-    }

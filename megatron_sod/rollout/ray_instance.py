@@ -14,6 +14,7 @@ import ray
 from megatron_sod.errors import RolloutError
 from megatron_sod.parallel.status import STATUS
 
+CALLS_AT_ONCE = 4096  # to one actor: a call per trajectory
 _LOST = (
     ray.exceptions.RayActorError,
     ray.exceptions.ObjectLostError,

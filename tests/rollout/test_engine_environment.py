@@ -16,7 +16,7 @@ from megatron_sod.config.schema import EngineConfig
 from megatron_sod.data.tiny_models import STUDENT, write_tiny_model
 from megatron_sod.errors import RolloutError
 from megatron_sod.rollout.controller import RolloutController
-from megatron_sod.rollout.fleet import engine_runtime
+from megatron_sod.rollout.engine_actor import engine_runtime
 from megatron_sod.rollout.ray_instance import stop_ray
 from tests.helpers.tiny import sod_config
 

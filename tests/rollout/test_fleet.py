@@ -15,6 +15,7 @@ pytest.importorskip("ray", reason="actors are ray's")
 
 from megatron_sod.errors import RolloutError  # noqa: E402
 from megatron_sod.rollout import controller as controller_module  # noqa: E402
+from megatron_sod.rollout import engine_actor  # noqa: E402
 from megatron_sod.rollout import fleet as fleet_module  # noqa: E402
 from megatron_sod.rollout.controller import RolloutController  # noqa: E402
 from megatron_sod.rollout.engine import EngineWeights  # noqa: E402
@@ -31,6 +32,7 @@ KEPT = EngineWeights({"setup": {"is_kept": True}}, {"policy_version": 3}, 3)
 def fake_ray(monkeypatch):
     fake = FakeRay()
     monkeypatch.setattr(fleet_module, "ray", fake)
+    monkeypatch.setattr(engine_actor, "ray", fake)
     monkeypatch.setattr(fleet_module, "time", SimpleNamespace(monotonic=lambda: fake.now))
     monkeypatch.setattr(fleet_module, "get", fake.get)
     monkeypatch.setattr(
