@@ -49,7 +49,7 @@ def rollout_config(service_url: str | None, **rollout) -> SodConfig:
         "max_prompt_length": 64,
         "max_response_length": 224,
         "max_observation_length": OBSERVATION_LENGTH,
-        "timeout_s": 120,
+        "timeout_s": 600,
         "max_in_flight": 24,
         "max_restarts": 2,
         **rollout,

@@ -41,7 +41,7 @@ from tests.helpers.live_rollouts import (  # noqa: E402
     wait_until,
 )
 
-pytestmark = [pytest.mark.dist, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.dist, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")

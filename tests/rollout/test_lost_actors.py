@@ -44,7 +44,7 @@ SHAPES = {
 def scene(request, tmp_path_factory):
     """Controller, prompts and what an undisturbed rollout gives."""
     service = FlakyService() if request.param == "two of each" else None
-    settings = {"timeout_s": 600, "silence_timeout_s": SILENCE_TIMEOUT_S, **SHAPES[request.param]}
+    settings = {"silence_timeout_s": SILENCE_TIMEOUT_S, **SHAPES[request.param]}
     config = rollout_config(service.url if service else None, **settings)
     prompts = load_all_prompts(config, make_chat(config, config.student.path))
     with serving_controller(config, tmp_path_factory.mktemp("links")) as controller:
