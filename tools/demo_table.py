@@ -2,7 +2,7 @@
 
 python tools/demo_table.py [--only sod-0,grpo]           docs/demo_results.md: seeds and controls
 python tools/demo_table.py --table methods [--only opd]  docs/methods_results.md: all, one seed
-python tools/demo_table.py --table methods --write-only  the page again, from the runs there are
+python tools/demo_table.py --table methods --write-only [--runs DIR]  the page, from runs there are
 """
 
 import argparse
@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from megatron_sod.eval.demo import TABLES, run_demo
-from megatron_sod.eval.demo_table import write_table
+from megatron_sod.eval.demo_table import table_page
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -22,6 +22,9 @@ def main() -> None:
     parser.add_argument("--table", choices=TABLES, default="demo")
     parser.add_argument("--only", help="comma-separated subset of the table's runs")
     parser.add_argument("--write-only", action="store_true", help="run nothing; write the page")
+    parser.add_argument(
+        "--runs", type=Path, default=ROOT / "runs", help="where --write-only finds them"
+    )
     parser.add_argument("overrides", nargs="*", help="dotted key=value for every run")
     arguments = parser.parse_args()
     table = TABLES[arguments.table]
@@ -33,7 +36,9 @@ def main() -> None:
         overrides = [*table.runs[name][1], *arguments.overrides]
         if run_demo(ROOT, table.run_name(name), overrides):
             failed.append(name)
-    print(write_table(table, ROOT))
+    text = table_page(table, arguments.runs)
+    (ROOT / table.page).write_text(text)
+    print(text)
     if failed:
         sys.exit(f"did not run to the end: {', '.join(failed)}")
 

@@ -30,8 +30,8 @@ work.
 """.strip()
 
 
-def write_table(table: Table, root: Path) -> str:
-    """Write the table's page from the runs there are; its text."""
+def table_page(table: Table, runs: Path) -> str:
+    """The table's page from the run folders there are below `runs`."""
     lines = [
         f"# {table.title}",
         "",
@@ -42,10 +42,8 @@ def write_table(table: Table, root: Path) -> str:
         "|" + "---|" * len(HEADER),
     ]
     for name, (label, _) in table.runs.items():
-        lines.append(_line([label, *run_cells(root / "runs" / table.run_name(name))]))
-    text = "\n".join([*lines, "", LEGEND]) + "\n"
-    (root / table.page).write_text(text)
-    return text
+        lines.append(_line([label, *run_cells(runs / table.run_name(name))]))
+    return "\n".join([*lines, "", LEGEND]) + "\n"
 
 
 def run_cells(run: Path) -> list[str]:

@@ -10,7 +10,7 @@ import pytest
 from megatron_sod.errors import DataError
 from megatron_sod.eval import overlap
 from megatron_sod.eval.demo import METHODS, TABLES
-from megatron_sod.eval.demo_table import HEADER, run_cells, write_table
+from megatron_sod.eval.demo_table import HEADER, run_cells, table_page
 
 TABLE = TABLES["methods"]
 
@@ -71,10 +71,8 @@ def test_alarms_and_rollbacks_of_a_complete_run_are_shown(tmp_path):
 
 
 def test_every_run_of_the_table_has_a_row(tmp_path):
-    (tmp_path / "docs").mkdir()
-    _write(tmp_path / "runs" / TABLE.run_name("grpo"), _metrics(3), [])
-    text = write_table(TABLE, tmp_path)
-    assert text == (tmp_path / "docs/methods_results.md").read_text()
+    _write(tmp_path / TABLE.run_name("grpo"), _metrics(3), [])
+    text = table_page(TABLE, tmp_path)
     rows = [line for line in text.splitlines() if line.startswith("|")][2:]
     assert len(rows) == len(METHODS) and all(r.count("|") == len(HEADER) + 1 for r in rows)
     assert sum("never started" in row for row in rows) == len(METHODS) - 1
