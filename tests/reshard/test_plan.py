@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -125,6 +126,27 @@ def _cases():
     yield Geometry(**TINY | {"qkv_bias": True, "qk_norm": False}), dict(tp=4), EngineLayout(2)
     for sizes, engine in _tiny_moe_layouts():
         yield Geometry(**TINY_MOE), sizes, engine
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("rows", [200, 250, 256])
+def test_engines_that_know_fewer_ids_get_the_first_rows_alone(tied, rows):
+    """A student with more vocabulary rows than its teacher: its other rows stay where they are."""
+    geometry = Geometry(**TINY | {"tied_embeddings": tied, "vocab_size": 300})
+    fewer = replace(geometry, vocab_size=rows)
+    for tp, engine_tp in itertools.product((1, 2, 4), (1, 2, 4)):
+        engine = EngineLayout(engine_tp, vocab_size=rows)
+        plan = ReshardPlan(geometry, _trainer(geometry, tp), engine, bucket_elements=BUCKET)
+        _check_coverage(plan)
+        assert _num_elements(plan) == _floor(fewer, engine)
+        ends = [
+            copy.start + copy.length
+            for destination in range(engine_tp)
+            for message in plan.messages_to(destination)
+            for copy in message.copies
+            if copy.hf_name in ("model.embed_tokens.weight", "lm_head.weight")
+        ]
+        assert max(ends) == rows
 
 
 def _weights(geometry: Geometry) -> dict[str, torch.Tensor]:

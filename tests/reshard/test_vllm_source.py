@@ -20,6 +20,10 @@ def test_source_declares_exactly_what_it_yields_and_needs_a_gpu_to_send(tmp_path
     main, other = run_on_ranks(2, _iterate, str(student))
     assert main["names"] == main["declared"] and "lm_head.weight" in main["names"]
     assert main["equal"] and main["num_bytes"] == main["file_bytes"]
+    assert main["fewer_rows"] == {
+        "model.embed_tokens.weight": (True, True),
+        "lm_head.weight": (True, True),
+    }, "engines that know fewer ids are told of and sent so many rows"
     assert other["names"] == [], "only rank 0 may hold whole tensors"
     assert "needs a GPU" in main["refused"]
 
@@ -40,12 +44,20 @@ def _iterate(path: str) -> dict:
     if dist.get_rank() == 0:  # vLLM's own check of a source, as its sender runs it
         pairs = NCCLTrainerWeightTransferEngine._checked_iter(source, meta)
     found = dict(pairs)
+    fewer = MegatronSource(trainable.model, geometry, vocab_size=300)
+    shapes = {m.name: m.shape for m in fewer.metadata()}
+    fewer_rows = {
+        name: (shapes[name] == tuple(tensor.shape), torch.equal(tensor, expected[name][:300]))
+        for name, tensor in fewer
+        if len(tensor) == 300
+    }
     try:
         VllmSender("vllm_nccl", source, None, num_workers=1)
         refused = ""
     except ConfigError as error:
         refused = str(error)
     return {
+        "fewer_rows": fewer_rows,
         "declared": [m.name for m in meta],
         "names": list(found),
         "equal": all(torch.equal(found[n], expected[n]) for n in found),
