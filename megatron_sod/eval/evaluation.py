@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sod.config.schema import SodConfig
+from megatron_sod.convert.megatron_files import is_megatron_checkpoint
 from megatron_sod.data.sources import load_prompts
 from megatron_sod.data.tokenizer import load_tokenizer
-from megatron_sod.errors import DataError
+from megatron_sod.errors import DataError, ModelError
 from megatron_sod.eval.protocol import model_fingerprint, protocol, protocol_hash
 from megatron_sod.eval.report import summarise_samples, table_lines
 from megatron_sod.eval.samples import sample_record
@@ -32,7 +33,16 @@ Sample = Callable[[list[Prompt], str, int], list[Trajectory]]
 
 
 def evaluate_model(config: SodConfig, out: str | Path) -> dict[str, Any]:
-    """Start engines and sandbox, evaluate `config.student`, write and return the report."""
+    """Start engines and sandbox, evaluate `config.student`, write and return the report.
+
+    Raises:
+        ModelError: the model is a Megatron checkpoint, which engines cannot load.
+    """
+    if is_megatron_checkpoint(model := config.student.path):
+        raise ModelError(
+            f"{model}: a Megatron checkpoint; engines load Hugging Face directories: convert it "
+            f"with tools/convert_megatron_to_hf.py --checkpoint {model} --out DIR"
+        )
     from megatron_sod.rollout.controller import RolloutController
     from megatron_sod.rollout.ray_instance import stop_ray
 

@@ -15,8 +15,8 @@ import pytest
 
 from megatron_sod.config.load import load_eval_config
 from megatron_sod.data.tiny_models import STUDENT, write_tiny_model
-from megatron_sod.errors import ConfigError, DataError
-from megatron_sod.eval.evaluation import Folder, eval_prompts, run_samples
+from megatron_sod.errors import ConfigError, DataError, ModelError
+from megatron_sod.eval.evaluation import Folder, eval_prompts, evaluate_model, run_samples
 from megatron_sod.eval.protocol import model_fingerprint, protocol, protocol_hash
 from megatron_sod.types import Step, Trajectory
 from tests.helpers.launch import ROOT
@@ -130,6 +130,14 @@ def test_a_folder_of_another_model_is_refused(model, tmp_path):
     assert model_fingerprint(other) != model_fingerprint(model)
     with pytest.raises(DataError, match="samples of model_fingerprint"):
         _run(_config(str(other)), tmp_path / "out", Sampler())
+
+
+def test_a_megatron_checkpoint_is_refused_with_the_way_out(tmp_path):
+    checkpoint = write_tiny_model(tmp_path / "iter_000010", **STUDENT)
+    for name in ("metadata.json", ".metadata"):  # what marks one
+        (checkpoint / name).touch()
+    with pytest.raises(ModelError, match="convert it with tools/convert_megatron_to_hf.py"):
+        evaluate_model(_config(str(checkpoint)), tmp_path / "out")
 
 
 def test_the_protocol_does_not_depend_on_the_model_or_on_where_files_lie(model, tmp_path):

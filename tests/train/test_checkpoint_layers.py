@@ -30,7 +30,7 @@ WAYS = [("engine", "local"), ("local", "engine")]
 def outcome(tmp_path_factory):
     folder = tmp_path_factory.mktemp("layers")
     for family, _, _ in CASES.values():
-        write_model_with_weights(folder / family, seed=4, vocab_size=VOCAB, **FAMILIES[family])
+        write_model_with_weights(folder / family, seed=4, **_config(family))
     return run_on_ranks(2, _save_and_load, str(folder))[0]
 
 
@@ -50,6 +50,10 @@ def test_both_write_the_same_names(outcome, case):
         name: t.shape for name, t in by_local.items()
     }
     assert any(name.endswith("layer_norm_weight") for name in by_local)
+
+
+def _config(family: str) -> dict:
+    return {**FAMILIES[family], "num_hidden_layers": 2, "vocab_size": VOCAB}
 
 
 def _save_and_load(folder: str) -> dict:
