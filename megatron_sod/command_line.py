@@ -8,6 +8,7 @@ import importlib
 import os
 import sys
 import time
+import traceback as tracing
 import warnings
 from collections.abc import Callable
 
@@ -70,13 +71,19 @@ class user_errors:
     """Shows a SodError as one message and exits with 1; anything else keeps its traceback.
 
     Ranks other than 0 wait first: when rank 0 failed for the same reason, torchrun ends them and
-    the message appears once.
+    the message appears once. A rank always ends at once: closing NCCL's groups on the way out
+    would wait for the other ranks.
     """
 
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind, error, traceback) -> None:
         if not isinstance(error, SodError):
+            if isinstance(error, Exception) and "RANK" in os.environ:
+                tracing.print_exception(error)
+                sys.stderr.flush()
+                sys.stdout.flush()
+                os._exit(1)
             return
         rank = os.environ.get("RANK", "0")
         prefix = "error"

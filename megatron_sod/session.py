@@ -34,6 +34,7 @@ from megatron_sod.reshard.canary import canary_sequences, trainer_logprobs
 from megatron_sod.reshard.sync import WeightSync
 from megatron_sod.rollout.recording import Recording
 from megatron_sod.rollout.source import LiveRollouts, RecordedRollouts, Rollouts
+from megatron_sod.rollout.start import start_engines, wait_before_models, wait_until_ready
 from megatron_sod.scoring.teacher import Teacher, open_teacher
 from megatron_sod.train.checkpoint import Checkpoints, Description, Progress
 from megatron_sod.train.trainable import Trainable
@@ -102,8 +103,10 @@ def open_session(config: SodConfig) -> Iterator[Session]:
     torch.manual_seed(config.seed)
     with contextlib.ExitStack() as closing:
         inputs = Inputs(config)  # before anything is started
-        state.initialize(config.student.parallel, seed=config.seed)
-        closing.callback(state.shutdown)
+        # Longer than what ends a stuck run with a message: NCCL's own timeout kills the rank.
+        timeout_s = int(max(config.observe.stall_timeout_s, config.transfer.timeout_s)) + 300
+        state.initialize(config.student.parallel, seed=config.seed, timeout_s=timeout_s)
+        closing.push(state.shutdown_unless_failed)
         groups = state.process_groups()
         run_dir = RunDir(config)
         watch, stop = _watched(config, run_dir, closing)
@@ -119,10 +122,10 @@ def open_session(config: SodConfig) -> Iterator[Session]:
         controller, teacher_controller = _start_engines(
             config, inputs, run_dir, watch, stop, closing
         )
+        wait_before_models(config, controller, teacher_controller)
         residency = Residency()
         student, teacher = _open_models(config, inputs, groups, residency)
-        if controller is not None:
-            controller.wait_until_ready("student engines")
+        wait_until_ready(config, controller)
         sync = None
         residency.hold("student")
         if config.rollout.replay is None:
@@ -172,25 +175,20 @@ def _start_engines(
     machines = state.machines(config.cluster.gpus_per_node)
     if dist.get_rank() != 0 or config.rollout.replay is not None:
         return None, None
-    from megatron_sod.rollout.controller import RolloutController  # a replay needs no Ray
-    from megatron_sod.rollout.ray_instance import log_folder, stop_ray
+    from megatron_sod.rollout.ray_instance import log_folder, stop_ray  # a replay needs no Ray
 
     closing.callback(stop_ray)
     closing.callback(lambda: terminal.keep_worker_logs(Path(log_folder()), run_dir.logs))
     watch.on_abort.append(stop_ray)
     stop.on_stop_now.append(stop_ray)
-    student = RolloutController(
+    is_done = any(row["model"] == "teacher" for row in run_dir.rows("evals.jsonl"))
+    student, teacher = start_engines(
         config,
-        config.student,
-        load_weights=False,
         vocab_size=inputs.vocab_size,
         machines=machines,
+        with_teacher=config.eval.teacher and not is_done,
     )
     closing.callback(student.close)
-    teacher = None
-    is_done = any(row["model"] == "teacher" for row in run_dir.rows("evals.jsonl"))
-    if config.eval.teacher and config.teacher and not is_done:
-        teacher = RolloutController(config, config.teacher, load_weights=True, machines=machines)
     return student, teacher
 
 
@@ -231,6 +229,7 @@ def _open_folder(
         for logger in loggers:
             closing.callback(logger.close)
     dist.barrier()  # the folder is the new run's own
+    run_dir.check_shared()
     closing.enter_context(terminal.others_into(run_dir.logs / f"rank_{dist.get_rank()}.log"))
     return loggers
 

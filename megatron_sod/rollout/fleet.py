@@ -172,13 +172,14 @@ class Fleet:
 
     def _check_weights(self, index: int, logprobs: list[list[float]]) -> None:
         expected = self.weights.canary_logprobs if self.weights else []
+        tolerance = self._config.transfer.tolerance(self._config.student.dtype)
         for row, reference in zip(logprobs, expected, strict=True):
             error = max(abs(a - b) for a, b in zip(row, reference, strict=True))
-            if not error <= self._config.transfer.canary_tolerance:
+            if not error <= tolerance:
                 raise RolloutError(
                     f"engine {index}, started again, differs from the weights the others hold by "
-                    f"{error:.3g} nats on canary prompts, tolerance "
-                    f"{self._config.transfer.canary_tolerance:.3g}; nothing was trained on it"
+                    f"{error:.3g} nats on canary prompts, tolerance {tolerance:.3g}; nothing was "
+                    "trained on it"
                 )
 
     def _restarted(self, kind: str, index: int, what: str) -> None:

@@ -7,7 +7,9 @@ import json
 
 import pyarrow.parquet
 import pytest
+import torch.distributed as dist
 
+from megatron_sod.errors import ConfigError
 from megatron_sod.observe.run_dir import RunDir, versions
 from tests.helpers.tiny import sod_config
 
@@ -98,3 +100,24 @@ def test_a_fresh_start_moves_an_earlier_run_aside_and_loses_nothing(tmp_path):
     assert (aside / "evals.jsonl").is_file()
     run.move_previous_aside()  # nothing there: nothing to do
     assert list(tmp_path.iterdir()) == [aside]
+
+
+def test_machines_that_do_not_share_the_folder_are_named(run, monkeypatch):
+    text = (run.path / "versions.json").read_text()
+
+    def gathered(*others):
+        def all_gather_object(seen, own):
+            seen[:] = [own, *others]
+
+        return all_gather_object
+
+    monkeypatch.setattr(dist, "get_world_size", lambda: 3)
+    monkeypatch.setattr(dist, "all_gather_object", gathered(("b", text), ("b", text)))
+    run.check_shared()
+    elsewhere = text.replace('"started": "', '"started": "earlier ')
+    monkeypatch.setattr(dist, "all_gather_object", gathered(("b", text), ("node-c", elsewhere)))
+    with pytest.raises(ConfigError, match="r1 on node-c is not the folder.*file system they share"):
+        run.check_shared()
+    monkeypatch.setattr(dist, "all_gather_object", gathered(("node-d", ""), ("b", text)))
+    with pytest.raises(ConfigError, match="r1 on node-d is not the folder"):
+        run.check_shared()

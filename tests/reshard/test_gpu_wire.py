@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch.multiprocessing.reductions import rebuild_cuda_tensor
 
+from megatron_sod.config.schema import TransferConfig
 from megatron_sod.errors import WeightTransferError
 from megatron_sod.model.geometry import Geometry
 from megatron_sod.reshard import setup as wiring
 from megatron_sod.reshard.layouts import EngineLayout, TrainerLayout
+from megatron_sod.reshard.p2p import leave
 from megatron_sod.reshard.setup import TransferSetup
 from megatron_sod.reshard.shared_slots import _STORAGE_DEVICE, gpu_number, on_gpu_number
 from tests.reshard.oracles import TINY
@@ -54,6 +56,30 @@ def test_colocated_engines_on_other_hosts_are_reached_through_host_memory(
         with pytest.raises(InterruptedError):
             end(0, [], torch.device("cuda", 0))
     assert joined == [expected, expected]
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cuda", "abort"), ("cpu", "shutdown")])
+def test_a_group_is_left_without_waiting_for_its_other_members(device, expected):
+    """NCCL's shutdown is a collective, and an engine never closes its end first."""
+    calls = []
+
+    class Group:
+        def abort(self):
+            calls.append("abort")
+
+        def shutdown(self):
+            calls.append("shutdown")
+
+    leave(Group(), torch.device(device))
+    assert calls == [expected]
+
+
+@pytest.mark.parametrize(
+    ("given", "dtype", "expected"),
+    [(None, "float32", 1e-3), (None, "bfloat16", 1.0), (0.02, "bfloat16", 0.02)],
+)
+def test_canaries_may_differ_by_what_the_students_dtype_rounds_away(given, dtype, expected):
+    assert TransferConfig(canary_tolerance=given).tolerance(dtype) == expected
 
 
 def _setup(through_host: bool) -> TransferSetup:
