@@ -29,12 +29,13 @@ from megatron_sod.rollout.ray_instance import stop_ray
 from megatron_sod.rollout.tool_calls import ToolCallParser
 from megatron_sod.rollout.worker import GroupSampling
 from megatron_sod.types import Prompt, Trajectory
+from tests.helpers.flaky_service import FlakyService
 from tests.helpers.tiny import sod_config
 
 STUDENT = Path(__file__).resolve().parents[2] / "configs/demo/student"
 GROUP, OBSERVATION_LENGTH, VERSION = 4, 32, 7
 SAMPLING = GroupSampling(temperature=1.0, top_p=1.0, seed=5)
-_BUSY_TIMEOUT_S = 60
+_BUSY_TIMEOUT_S = 300
 
 
 def rollout_config(service_url: str | None, **rollout) -> SodConfig:
@@ -117,18 +118,24 @@ def roll_out(controller, prompts, sampling=SAMPLING, **options) -> RolloutResult
 
 
 def roll_out_disturbed(
-    controller, prompts, disturb: Callable[[], None], engine: int = 0
+    controller, prompts, service: FlakyService, disturb: Callable[[], None]
 ) -> RolloutResult:
-    """A rollout with `disturb` called while `engine` is sampling."""
-    disturbed = threading.Event()
+    """A rollout with `disturb` called in its middle: when the first trajectory calls its tool and
+    others still sample. No tool answers before it, so that the rollout cannot be over."""
+    begun, disturbed = threading.Event(), threading.Event()
+
+    def hold(code):
+        begun.set()
+        disturbed.wait(_BUSY_TIMEOUT_S)
 
     def work():
-        wait_until(lambda: num_sampling(controller, engine) > 0, "the engine is never busy")
-        disturb()
-        disturbed.set()
+        if begun.wait(_BUSY_TIMEOUT_S):
+            disturb()
+            disturbed.set()
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
+    service.fault = hold
     result = roll_out(controller, prompts)
     thread.join(_BUSY_TIMEOUT_S)
     assert disturbed.is_set(), "the rollout was over before the disturbance"

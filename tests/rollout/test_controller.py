@@ -242,9 +242,11 @@ def test_groups_beyond_the_needed_are_interrupted_and_go_on_later(controller, pr
 
 
 def test_an_engine_killed_while_sampling_is_replaced_and_its_turns_are_asked_for_again(
-    controller, prompts, undisturbed, capfd
+    controller, prompts, service, undisturbed, capfd
 ):
-    result = roll_out_disturbed(controller, prompts, lambda: ray.kill(controller.fleet.engines[0]))
+    result = roll_out_disturbed(
+        controller, prompts, service, lambda: ray.kill(controller.fleet.engines[0])
+    )
     assert repr(result.trajectories) == repr(undisturbed)
     assert result.counts["engine_restarts"] == 1 and result.counts["turns_resubmitted"] > 0
     log = capfd.readouterr().err
@@ -252,11 +254,13 @@ def test_an_engine_killed_while_sampling_is_replaced_and_its_turns_are_asked_for
 
 
 def test_a_worker_killed_while_running_is_replaced_and_its_groups_start_again(
-    controller, prompts, undisturbed, capfd
+    controller, prompts, service, undisturbed, capfd
 ):
     worker = controller.fleet.workers[0]
     process = ray.get(worker.__ray_call__.remote(lambda self: os.getpid()))
-    result = roll_out_disturbed(controller, prompts, lambda: os.kill(process, signal.SIGKILL))
+    result = roll_out_disturbed(
+        controller, prompts, service, lambda: os.kill(process, signal.SIGKILL)
+    )
     assert repr(result.trajectories) == repr(undisturbed)
     assert result.counts["worker_restarts"] == 1 and result.counts["groups_requeued"] > 0
     assert "worker 0 died" in capfd.readouterr().err
