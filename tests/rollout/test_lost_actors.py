@@ -203,7 +203,7 @@ def test_a_sandbox_killed_in_the_middle_costs_retries_and_no_trajectory(scene):
     ],
     ids=["killed", "stopped"],
 )
-def test_an_engine_that_loses_one_scene_process_is_replaced_whole(scene, number, counts):
+def test_an_engine_that_loses_one_tensor_parallel_process_is_replaced_whole(scene, number, counts):
     controller = scene.controller
     tree = _tree(controller.fleet.engines[0])
     worker = _named(tree, "VLLM::Worker_TP1")
