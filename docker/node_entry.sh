@@ -9,6 +9,9 @@ shift
 ray_port=${RAY_PORT:-6379}
 torch_port=${MASTER_PORT:-29500}
 
+# Ray lowers its workers' priority by default; engines would starve beside the trainers.
+export RAY_worker_niceness=0
+
 # torchrun owns the GPUs: Ray counts none, the engines get explicit device ids.
 if [ "$NODE_RANK" = 0 ]; then
   ray start --head --port "$ray_port" --num-gpus 0 --include-dashboard false

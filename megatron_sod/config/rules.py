@@ -163,6 +163,11 @@ def _engines(config: SodConfig) -> Iterator[str]:
             "rollout.engine.lora_rank is not supported yet: whole parameters are trained and "
             "transferred; set it to null"
         )
+    if config.transfer.backend == "vllm_nccl" and config.rollout.placement == "colocated":
+        yield (
+            "transfer.backend vllm_nccl needs rollout.placement=disaggregated: NCCL refuses two "
+            "processes of one GPU; use auto"
+        )
     if config.transfer.backend == "vllm_ipc" and config.cluster.world_size > 1:
         yield "transfer.backend vllm_ipc works with one trainer rank only; use auto"
 

@@ -173,6 +173,7 @@ def test_a_missing_section_is_named_once_with_its_keys_to_come(write):
         (["rollout.engine.quantization=fp8"], "quantization fp8 is not supported yet"),
         (["rollout.engine.lora_rank=8"], "lora_rank is not supported yet"),
         (["transfer.backend=vllm_ipc", "cluster.gpus_per_node=2"], "one trainer rank only"),
+        (["transfer.backend=vllm_nccl"], "needs rollout.placement=disaggregated"),
         (["method=grpo", "teacher=null", "eval.teacher=true"], "eval.teacher needs a teacher"),
         (["rollout.replay=x/rollouts", "rollout.record=true"], "exclude each other"),
         (["rollout.partial_prompts=65"], "65 exceeds train.train_batch_size 64"),
