@@ -88,7 +88,10 @@ def _named(tree, name: str) -> psutil.Process:
 
 
 def _disturbed(scene, disturb):
-    return roll_out_disturbed(scene.controller, scene.prompts, scene.service, disturb)
+    """The others may end the rollout before the lost one serves again, so that is waited for."""
+    result = roll_out_disturbed(scene.controller, scene.prompts, scene.service, disturb)
+    scene.controller.fleet.heal()
+    return result
 
 
 def _check(scene, result, tree, counts: dict[str, int]) -> None:
