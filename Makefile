@@ -50,7 +50,7 @@ demo-checkpoints: setup ## make the demo's cold-start checkpoints again (about f
 	$(TORCHRUN) --nproc-per-node 2 tools/train_sft.py --config configs/demo/sft_teacher.yaml
 
 methods-table: setup ## every method on the demo's world, one seed, into docs/methods_results.md (2 hours)
-	$(PY) tools/demo_table.py --table methods
+	$(PY) tools/demo_table.py --table methods eval.teacher=false train.eval_interval=40
 
 demo-controls: setup ## the README's table: seeds 0 1 2 and the controls, same budget (about an hour)
 	$(PY) tools/demo_table.py
