@@ -6,6 +6,7 @@ plain reads: pages of a mapped file would count as memory of this process.
 
 from __future__ import annotations
 
+import ctypes
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
@@ -92,7 +93,9 @@ def read_box(
 
 
 def _read_into(tensor: torch.Tensor, file: BufferedReader) -> None:
-    if (found := file.readinto(tensor.view(torch.uint8).numpy().data)) != tensor.nbytes:
+    # Not through numpy: it would forbid the storage to be resized for good, as offloading does.
+    buffer = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
+    if (found := file.readinto(buffer)) != tensor.nbytes:
         raise CheckpointError(
             f"{file.name}: it ends {tensor.nbytes - found} bytes early; it was changed while it "
             "was read, try again"
