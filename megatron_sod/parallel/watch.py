@@ -170,20 +170,14 @@ class Watch:
         """Write what is known, say it once, end this rank and what is stopped on this machine."""
         with self._closing:  # the main thread may arrive here too
             table = self._table()
-            STATUS.fail()  # this rank's own end needs no message of the others
-            self._publish()
             folder = self._run_dir / "stall"
-            is_reporter = self._rank == self._reporter(table, verdict)
-            # A rank that sees the reporter's own end must not report that as a loss.
-            is_reporter = is_reporter and not self._is_reported(folder / "ranks.txt")
             with contextlib.suppress(OSError):
                 self._write_stacks(folder)
-                if is_reporter:
+            if self._must_say(verdict, table, folder / "ranks.txt"):
+                self._fail()
+                with contextlib.suppress(OSError):
                     text = f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {verdict.message}\n"
                     (folder / "ranks.txt").write_text(text + as_table(table))
-            if not is_reporter or verdict.is_expected:
-                time.sleep(_LEAVE_TO_REPORTER_S)
-            else:
                 self._say(
                     f"error: {verdict.message}; the job ends. What every rank was doing is in "
                     f"{folder}; the same command goes on from the last checkpoint"
@@ -192,6 +186,26 @@ class Watch:
             _kill_stopped(table, verdict.ranks)
             sys.stdout.flush()
             os._exit(1)
+
+    def _must_say(self, verdict: Verdict, table: list[dict[str, Any]], said: Path) -> bool:
+        """Whether it is this rank that tells the person. The others wait here, so that the message
+        comes before they exit, and take it over when the reporter has said nothing by then. Until
+        one has, this rank goes on as running: a rank that counts as failed is not looked at."""
+        if self._rank == self._reporter(table, verdict) and not verdict.is_expected:
+            return not self._is_reported(said)
+        deadline = time.monotonic() + _LEAVE_TO_REPORTER_S
+        while time.monotonic() < deadline:
+            if verdict.is_expected or self._is_reported(said):
+                self._fail()
+            else:
+                self._publish()
+            time.sleep(min(self._interval_s, 0.1))
+        return not verdict.is_expected and not self._is_reported(said)
+
+    def _fail(self) -> None:
+        """This rank's own end needs no message of the others."""
+        STATUS.fail()
+        self._publish()
 
     def _is_reported(self, table: Path) -> bool:
         """Whether a rank of this job has said already why it ends."""
