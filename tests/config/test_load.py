@@ -4,38 +4,10 @@ Layer: pure, with YAML files in a temporary folder. The shipped files are tested
 tests/test_configs.py; command lines in tests/tools.
 """
 
-from typing import get_args
-
 import pytest
 
 from megatron_sod.config.load import config_hash, load_config, load_sft_config, to_yaml
-from megatron_sod.config.methods import PRESETS
-from megatron_sod.config.schema import SodConfig
-from megatron_sod.errors import ConfigError
-
-BASE = """
-student: {path: models/s}
-teacher: {path: models/t}
-data: {train: ["tiny_world:train:10"]}
-train: {num_iterations: 3}
-"""
-
-
-@pytest.fixture
-def write(tmp_path):
-    def write(text: str, name: str = "run.yaml"):
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-        return path
-
-    return write
-
-
-def _problems(path, overrides=None, load=load_config) -> str:
-    with pytest.raises(ConfigError) as caught:
-        load(path, overrides)
-    return str(caught.value)
+from tests.config.minimal import BASE, problems
 
 
 def test_a_minimal_file_gets_every_default(write):
@@ -67,11 +39,11 @@ def test_one_default_may_be_given_without_a_list(write):
 def test_defaults_in_a_circle_are_an_error_however_they_are_spelled(write, tmp_path, first):
     write(f"defaults: ['{first.format(folder=tmp_path.name)}']\n", "a.yaml")
     write("defaults: [a.yaml]\n", "b.yaml")
-    assert "circle" in _problems(tmp_path / "a.yaml")
+    assert "circle" in problems(tmp_path / "a.yaml")
 
 
 def test_a_missing_default_is_named(write, tmp_path):
-    assert str(tmp_path / "gone.yaml") in _problems(write("defaults: [gone.yaml]\n"))
+    assert str(tmp_path / "gone.yaml") in problems(write("defaults: [gone.yaml]\n"))
 
 
 @pytest.mark.parametrize(
@@ -79,7 +51,7 @@ def test_a_missing_default_is_named(write, tmp_path):
     [("a: [1\n", "not valid YAML"), ("- 1\n- 2\n", "expected a mapping"), ("3\n", "expected a")],
 )
 def test_files_that_are_no_mapping_are_refused(write, text, expected):
-    assert expected in _problems(write(text))
+    assert expected in problems(write(text))
 
 
 def test_overrides_win_over_the_file_and_keep_the_rest(write):
@@ -103,11 +75,11 @@ def test_lists_and_nulls_can_be_overridden(write):
 
 
 def test_an_override_without_a_value_is_an_error(write):
-    assert "expected key=value" in _problems(write(BASE), ["train.lr"])
+    assert "expected key=value" in problems(write(BASE), ["train.lr"])
 
 
 def test_a_section_replaced_by_a_number_is_an_error(write):
-    assert "train" in _problems(write(BASE), ["train=3"])
+    assert "train" in problems(write(BASE), ["train=3"])
 
 
 @pytest.mark.parametrize(
@@ -122,11 +94,11 @@ def test_a_section_replaced_by_a_number_is_an_error(write):
     ],
 )
 def test_an_unknown_key_is_refused_with_the_nearest_name(write, override, expected):
-    assert expected in _problems(write(BASE), [override])
+    assert expected in problems(write(BASE), [override])
 
 
 def test_all_problems_are_listed_at_once(write):
-    text = _problems(
+    text = problems(
         write("student: {}\ndata: {train: []}\ntrain: {num_iterations: 0, lr: fast}\nsead: 1\n")
     )
     for expected in (
@@ -141,7 +113,7 @@ def test_all_problems_are_listed_at_once(write):
 
 
 def test_a_missing_section_is_named_once_with_its_keys_to_come(write):
-    assert "missing key 'train'" in _problems(write("student: {path: a}\ndata: {train: [x]}\n"))
+    assert "missing key 'train'" in problems(write("student: {path: a}\ndata: {train: [x]}\n"))
 
 
 @pytest.mark.parametrize(
@@ -183,11 +155,11 @@ def test_a_missing_section_is_named_once_with_its_keys_to_come(write):
     ],
 )  # fmt: skip
 def test_rules_over_several_keys_say_what_to_change(write, overrides, expected):
-    assert expected in _problems(write(BASE), overrides)
+    assert expected in problems(write(BASE), overrides)
 
 
 def test_several_broken_rules_are_listed_together(write):
-    text = _problems(
+    text = problems(
         write(BASE), ["train.ppo_mini_batch_size=7", "reward.kind=import", "teacher=null"]
     )
     assert "3 problem(s)" in text
@@ -199,78 +171,9 @@ def test_limits_exactly_met_are_accepted(write):
     assert config.train.tokens_per_micro_batch == 23040
 
 
-@pytest.mark.parametrize(
-    ("method", "grpo", "distill", "policy"),
-    [
-        ("sod", 1.0, 1.0, "sod"),
-        ("sod_no_grpo", 0.0, 1.0, "sod"),
-        ("opd", 1.0, 1.0, "uniform"),
-        ("opd_naive", 0.0, 1.0, "uniform"),
-        ("sod_no_cap", 1.0, 1.0, "no_cap"),
-        ("sod_running_clip", 1.0, 1.0, "running_clip"),
-        ("sod_heuristic", 1.0, 1.0, "heuristic"),
-        ("sod_mask_after_wrong", 1.0, 1.0, "mask_after_wrong"),
-        ("grpo", 1.0, 0.0, "sod"),
-    ],
-)
-def test_a_method_presets_its_keys(write, method, grpo, distill, policy):
-    config = load_config(write(BASE), [f"method={method}"])
-    assert (config.grpo.coef, config.distill.coef) == (grpo, distill)
-    assert config.distill.step_weight.policy == policy
-    assert method in PRESETS
-
-
-@pytest.mark.parametrize(("method", "told"), [("opsd_gt", "answer"), ("opsd_hint", "hint")])
-def test_a_self_teacher_is_the_student_told_more(write, method, told):
-    text = BASE.replace("teacher: {path: models/t}\n", "").replace(
-        "{path: models/s}",
-        "{path: models/s, dtype: bfloat16, parallel: {tensor_model_parallel_size: 2}}",
-    )
-    config = load_config(
-        write(text), [f"method={method}", "cluster.gpus_per_node=2",
-                      "train.tokens_per_micro_batch=24000"]
-    )  # fmt: skip
-    assert (config.teacher.source, config.teacher.privileged) == ("self", told)
-    assert config.teacher.path == "models/s" and config.teacher.dtype == "bfloat16"
-    assert config.teacher.parallel == config.student.parallel
-    assert config.distill.step_weight.policy == "uniform" and config.grpo.coef == 1.0
-
-
-def test_every_method_of_the_schema_has_a_preset():
-    assert set(get_args(SodConfig.model_fields["method"].annotation)) == set(PRESETS)
-
-
-def test_ref_compat_takes_the_references_values_unless_told_otherwise(write):
-    assert load_config(write(BASE)).distill.log_ratio_clip == 10.0
-    assert load_config(write(BASE), ["ref_compat=true"]).distill.log_ratio_clip is None
-    own = ["ref_compat=true", "distill.log_ratio_clip=3"]
-    assert load_config(write(BASE), own).distill.log_ratio_clip == 3.0
-
-
-def test_a_key_in_the_file_wins_over_the_preset(write):
-    path = write(BASE + "method: opd_naive\ngrpo: {coef: 0.5}\n")
-    config = load_config(path)
-    assert config.grpo.coef == 0.5 and config.distill.step_weight.policy == "uniform"
-
-
-def test_an_override_wins_over_the_preset(write):
-    path = write(BASE + "method: grpo\n")
-    assert load_config(path, ["distill.coef=0.25"]).distill.coef == 0.25
-
-
-def test_a_method_given_as_override_brings_its_own_preset(write):
-    config = load_config(write(BASE + "method: opd\n"), ["method=sod"])
-    assert config.distill.step_weight.policy == "sod"
-
-
-def test_an_unknown_method_is_refused_with_the_known_ones(write):
-    text = _problems(write(BASE), ["method=soda"])
-    assert "method" in text and "opd_naive" in text
-
-
 @pytest.mark.parametrize("text", ["method: ${nowhere}\n", "seed: ${nowhere}\n"])
 def test_a_reference_to_a_missing_key_is_a_configuration_error(write, text):
-    assert "nowhere" in _problems(write(BASE + text))
+    assert "nowhere" in problems(write(BASE + text))
 
 
 def test_the_hash_changes_with_any_value_and_only_with_values(write):
@@ -298,8 +201,8 @@ def test_the_cold_start_schema_is_checked_the_same_way(write):
         "student: {path: s}\ndata: {conversations: [c.jsonl]}\ntrain: {num_steps: 2}\nout: o\n"
     )
     assert load_sft_config(path, ["train.lr=5e-5"]).train.lr == 5e-5
-    assert "did you mean 'num_steps'?" in _problems(path, ["train.num_step=1"], load_sft_config)
-    text = _problems(
+    assert "did you mean 'num_steps'?" in problems(path, ["train.num_step=1"], load_sft_config)
+    text = problems(
         path,
         ["cluster.gpus_per_node=3", "student.parallel.pipeline_model_parallel_size=2"],
         load_sft_config,

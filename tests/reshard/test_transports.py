@@ -5,146 +5,30 @@ plan itself: test_plan.py. Through vLLM: test_transfer.py.
 """
 
 import os
-import threading
 from dataclasses import replace
 
 import pytest
 import torch
-import torch.distributed as dist
 
-from megatron_sod.convert.layout import hf_shapes, segments_of
 from megatron_sod.errors import WeightTransferError
-from megatron_sod.model.geometry import Geometry
 from megatron_sod.reshard import shared_slots
-from megatron_sod.reshard.checksum import checksum
-from megatron_sod.reshard.layouts import EngineLayout, TrainerLayout
 from megatron_sod.reshard.message import pack
 from megatron_sod.reshard.receive import ShardReceiver
 from megatron_sod.reshard.send import ShardSender, index_shards
 from megatron_sod.reshard.setup import TransferSetup
-from tests.reshard.oracles import TINY, TINY_MOE, engine_oracle, parameters_of
+from tests.reshard.oracles import engine_oracle
+from tests.reshard.wire import CASES, CPU, Memory, setup_of, shards_of, transfer, weights_of
 
-CPU = torch.device("cpu")
 pytestmark = pytest.mark.timeout(150)
-
-
-class Memory:
-    """A destination that keeps everything; one tensor is live, as norms are in an engine."""
-
-    def __init__(self, live: str | None = None):
-        self.values, self.opened, self._live = {}, 0, live
-        self.most_open = 0
-
-    def open(self, tensor):
-        self.opened += 1
-        self.most_open = max(self.most_open, self.opened)
-        if tensor.name == self._live:
-            return self.values.setdefault(tensor.name, torch.zeros(tensor.shape))
-        return torch.zeros(tensor.shape)
-
-    def close(self, tensor, values):
-        self.opened -= 1
-        self.values[tensor.name] = values
-
-
-def _setup(tmp_path, backend, geometry, trainer, engine, **options) -> TransferSetup:
-    fields: dict = dict(dtype="float32", bucket_bytes=1 << 14, timeout_s=20.0) | options
-    if backend == "kept":
-        backend, fields["is_kept"] = "shared_memory", True
-    if backend == "p2p":
-        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        fields |= {"address": "127.0.0.1", "port": store.port, "name": "test"}
-        _stores.append(store)
-    else:
-        fields["folder"] = str(tmp_path)
-    return TransferSetup(geometry, trainer, engine, backend=backend, **fields)
-
-
-_stores: list = []
-
-
-def _weights(geometry, seed=0) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return {n: torch.randn(s, generator=generator) for n, s in hf_shapes(geometry).items()}
-
-
-def _shards(rank, geometry, trainer, weights):
-    """The rank's Megatron parameters, padding rows filled with a number that must not travel."""
-    for name, split in parameters_of(rank, geometry, trainer):
-        for s in segments_of(name, geometry, **split):
-            yield s, weights[s.hf_name].narrow(s.dim, s.hf_start, s.length).clone()
-
-
-def _run(setup: TransferSetup, weights, *, tamper=None, times=1, models=None):
-    """One thread per rank; returns the errors by rank and the engines' memories."""
-    trainer, engine = setup.trainer, setup.engine
-    models = models or [Memory() for _ in range(engine.num_destinations)]
-    errors: dict[str, Exception] = {}
-    ready = threading.Barrier(trainer.world_size + engine.num_destinations)
-    linked = threading.Barrier(trainer.world_size + engine.num_destinations)
-
-    def guard(name, work):
-        def run():
-            try:
-                work()
-            except Exception as error:
-                errors[name] = error
-
-        return threading.Thread(target=run, daemon=True)
-
-    def send(rank):
-        shards = index_shards(_shards(rank, setup.geometry, trainer, weights))
-        sender = ShardSender(setup, rank, shards, CPU)
-        if setup.backend != "p2p":  # links exist before they are opened; groups are joined together
-            linked.wait(60)
-        ready.wait(60)
-        if tamper is not None:
-            tamper(rank, sender)
-        for _ in range(times):
-            sender.send()
-
-    def receive(destination):
-        if setup.backend != "p2p":  # links exist before they are opened; groups are joined together
-            linked.wait(60)
-        receiver = ShardReceiver(setup, destination, CPU)
-        ready.wait(60)
-        for number in range(times):
-            receiver.receive(models[destination], number)
-
-    threads = [guard(f"trainer {r}", lambda r=r: send(r)) for r in range(trainer.world_size)]
-    threads += [
-        guard(f"engine {d}", lambda d=d: receive(d)) for d in range(engine.num_destinations)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(90)
-        assert not thread.is_alive(), "a rank hangs"
-    return errors, models
-
-
-CASES = {
-    "dense": (Geometry(**TINY), TrainerLayout(4, 8, tp_size=2, pp_size=2), EngineLayout(2)),
-    "tied": (
-        Geometry(**TINY | {"tied_embeddings": True}),
-        TrainerLayout(2, 8, tp_size=2),
-        EngineLayout(1, num_engines=2),
-    ),
-    "experts": (
-        Geometry(**TINY_MOE),
-        TrainerLayout(4, 8, tp_size=2, pp_size=1, ep_size=2, expert_tp_size=1),
-        EngineLayout(2),
-    ),
-}
 
 
 @pytest.mark.parametrize("backend", ["shared_memory", "kept", "p2p"])
 @pytest.mark.parametrize("case", CASES)
 def test_every_engine_parameter_arrives_bit_exactly_twice_in_a_row(tmp_path, backend, case):
     geometry, trainer, engine = CASES[case]
-    weights = _weights(geometry)
-    setup = _setup(tmp_path, backend, geometry, trainer, engine)
-    errors, models = _run(setup, weights, times=2)
+    weights = weights_of(geometry)
+    setup = setup_of(tmp_path, backend, geometry, trainer, engine)
+    errors, models = transfer(setup, weights, times=2)
     assert not errors, errors
     for destination, model in enumerate(models):
         rank = destination % engine.tp_size
@@ -157,9 +41,9 @@ def test_every_engine_parameter_arrives_bit_exactly_twice_in_a_row(tmp_path, bac
 @pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
 def test_a_wire_format_other_than_the_engines_is_converted_on_arrival(tmp_path, dtype):
     geometry, trainer, engine = CASES["dense"]
-    weights = {n: w.to(getattr(torch, dtype)) for n, w in _weights(geometry).items()}
-    setup = _setup(tmp_path, "shared_memory", geometry, trainer, engine, dtype=dtype)
-    errors, models = _run(setup, weights)
+    weights = {n: w.to(getattr(torch, dtype)) for n, w in weights_of(geometry).items()}
+    setup = setup_of(tmp_path, "shared_memory", geometry, trainer, engine, dtype=dtype)
+    errors, models = transfer(setup, weights)
     assert not errors, errors
     norm = models[1].values["model.norm.weight"]
     assert torch.equal(norm, weights["model.norm.weight"].float())
@@ -190,23 +74,23 @@ def _corrupt(hf_name: str, change):
 @pytest.mark.parametrize("backend", ["shared_memory", "p2p"])
 def test_a_permuted_query_shard_is_named(tmp_path, backend):
     geometry, trainer, engine = CASES["dense"]
-    setup = _setup(tmp_path, backend, geometry, trainer, engine, timeout_s=5.0)
+    setup = setup_of(tmp_path, backend, geometry, trainer, engine, timeout_s=5.0)
     name = "model.layers.1.self_attn.q_proj.weight"
-    errors, _ = _run(setup, _weights(geometry), tamper=_corrupt(name, lambda x: x.flip(0)))
+    errors, _ = transfer(setup, weights_of(geometry), tamper=_corrupt(name, lambda x: x.flip(0)))
     assert any(f"checksums of {name}" in str(e) for e in errors.values()), errors
 
 
 def test_a_dropped_expert_is_named(tmp_path):
     geometry, trainer, engine = CASES["experts"]
-    setup = _setup(tmp_path, "shared_memory", geometry, trainer, engine)
+    setup = setup_of(tmp_path, "shared_memory", geometry, trainer, engine)
     name = "model.layers.5.mlp.experts.6.up_proj.weight"  # of expert-parallel rank 1
-    errors, _ = _run(setup, _weights(geometry), tamper=_corrupt(name, torch.zeros_like))
+    errors, _ = transfer(setup, weights_of(geometry), tamper=_corrupt(name, torch.zeros_like))
     assert any(f"checksums of {name}" in str(e) for e in errors.values()), errors
 
 
 def test_a_tensor_the_plan_leaves_out_is_named(tmp_path, monkeypatch):
     geometry, trainer, engine = CASES["experts"]
-    setup = _setup(tmp_path, "shared_memory", geometry, trainer, engine)
+    setup = setup_of(tmp_path, "shared_memory", geometry, trainer, engine)
     from megatron_sod.reshard.plan import ReshardPlan
 
     def without(which):
@@ -220,13 +104,13 @@ def test_a_tensor_the_plan_leaves_out_is_named(tmp_path, monkeypatch):
 
     monkeypatch.setattr(ReshardPlan, "messages_to", without(ReshardPlan.messages_to))
     monkeypatch.setattr(ReshardPlan, "messages_from", without(ReshardPlan.messages_from))
-    errors, _ = _run(setup, _weights(geometry))
+    errors, _ = transfer(setup, weights_of(geometry))
     assert "first model.layers.0.mlp.experts.w2_weight" in str(errors["engine 0"])
 
 
 def test_rows_of_padding_that_leak_are_named(tmp_path):
     geometry, trainer, engine = CASES["tied"]
-    setup = _setup(tmp_path, "shared_memory", geometry, trainer, engine)
+    setup = setup_of(tmp_path, "shared_memory", geometry, trainer, engine)
 
     class Leaky(Memory):
         def open(self, tensor):
@@ -235,23 +119,23 @@ def test_rows_of_padding_that_leak_are_named(tmp_path):
                 values[-1] = 1.0  # a row beyond the vocabulary: 389 rows of 448
             return values
 
-    errors, _ = _run(setup, _weights(geometry), models=[Memory(), Leaky()])
+    errors, _ = transfer(setup, weights_of(geometry), models=[Memory(), Leaky()])
     assert "padding rows 389 to 448 of model.embed_tokens.weight" in str(errors["engine 1"])
 
 
 def test_a_sender_with_another_layout_is_refused_before_anything_is_sent(tmp_path):
     geometry, trainer, engine = CASES["dense"]
-    setup = _setup(tmp_path, "shared_memory", geometry, trainer, engine)
+    setup = setup_of(tmp_path, "shared_memory", geometry, trainer, engine)
     other = replace(trainer, pp_size=1, tp_size=4)
-    shards = index_shards(_shards(0, geometry, other, _weights(geometry)))
+    shards = index_shards(shards_of(0, geometry, other, weights_of(geometry)))
     with pytest.raises(WeightTransferError, match="trainer rank 0 is to send .* does not hold"):
         ShardSender(setup, 0, shards, CPU)
 
 
 def test_an_engine_started_later_reads_what_was_kept(tmp_path):
     geometry, trainer, engine = CASES["dense"]
-    setup, weights = _setup(tmp_path, "kept", geometry, trainer, engine), _weights(geometry)
-    errors, models = _run(setup, weights, times=2)
+    setup, weights = setup_of(tmp_path, "kept", geometry, trainer, engine), weights_of(geometry)
+    errors, models = transfer(setup, weights, times=2)
     assert not errors
     late = Memory()
     ShardReceiver(setup, 1, CPU).receive(late, 1)
@@ -261,8 +145,8 @@ def test_an_engine_started_later_reads_what_was_kept(tmp_path):
 
 def test_no_more_than_a_module_is_open_at_a_time(tmp_path):
     geometry, trainer, engine = CASES["dense"]
-    setup = _setup(tmp_path, "shared_memory", geometry, trainer, engine, bucket_bytes=1 << 30)
-    errors, models = _run(setup, _weights(geometry))
+    setup = setup_of(tmp_path, "shared_memory", geometry, trainer, engine, bucket_bytes=1 << 30)
+    errors, models = transfer(setup, weights_of(geometry))
     assert not errors
     # Sources of one layer interleave: a parameter is open until each of them has sent its part.
     assert max(model.most_open for model in models) <= 8
@@ -270,13 +154,13 @@ def test_no_more_than_a_module_is_open_at_a_time(tmp_path):
 
 def test_an_engine_that_fails_ends_the_senders_at_once(tmp_path):
     geometry, trainer, engine = CASES["dense"]
-    setup = _setup(tmp_path, "shared_memory", geometry, trainer, engine, timeout_s=50)
+    setup = setup_of(tmp_path, "shared_memory", geometry, trainer, engine, timeout_s=50)
 
     class Failing(Memory):
         def close(self, tensor, values):
             raise RuntimeError("no memory left")
 
-    errors, _ = _run(setup, _weights(geometry), models=[Failing(), Memory()])
+    errors, _ = transfer(setup, weights_of(geometry), models=[Failing(), Memory()])
     assert "no memory left" in str(errors["engine 0"])
     assert "gave up" in str(errors["trainer 0"]) and len(errors) == 6
 
@@ -321,37 +205,11 @@ def test_closing_removes_the_links(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_a_checksum_is_the_sum_of_its_parts_and_knows_their_place(dtype):
-    whole = torch.randn(37, 24).to(dtype)
-    total = int(checksum(whole, dim=0, start=0))
-    rows = [checksum(whole[a:b], dim=0, start=a) for a, b in ((0, 5), (5, 30), (30, 37))]
-    columns = [checksum(whole[:, a:b], dim=1, start=a) for a, b in ((0, 8), (8, 24))]
-    assert int(sum(rows)) == int(sum(columns)) == total
-    assert int(checksum(whole.flip(0), dim=0, start=0)) != total
-    assert int(checksum(whole.roll(8, 1), dim=0, start=0)) != total
-    assert int(checksum(whole, dim=0, start=1)) != total
-    changed = whole.clone()
-    changed[36, 23] += 1
-    assert int(checksum(changed, dim=0, start=0)) != total
-
-
-def test_checksums_of_odd_widths_do_not_depend_on_strides_or_alignment():
-    whole = torch.randn(9, 7).bfloat16()  # 14-byte rows
-    for dim, start, length in ((0, 2, 5), (1, 1, 3), (1, 2, 4)):
-        part = whole.narrow(dim, start, length)
-        sum_of_view = int(checksum(part, dim=dim, start=start))
-        assert int(checksum(part.contiguous(), dim=dim, start=start)) == sum_of_view
-    vector = torch.randn(11)
-    parts = [checksum(vector[a:b], dim=0, start=a) for a, b in ((0, 4), (4, 11))]
-    assert len({int(p) for p in parts}) == 2
-
-
 def test_packing_is_deterministic():
     geometry, trainer, engine = CASES["dense"]
     setup = TransferSetup(geometry, trainer, engine, "float32", 1 << 20, "shared_memory", 1.0)
     message = next(setup.plan().messages_from(0))
-    weights = _weights(geometry)
+    weights = weights_of(geometry)
     buffers = []
     for _ in range(2):
         buffer = torch.zeros(1 << 20, dtype=torch.uint8)
