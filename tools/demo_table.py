@@ -9,6 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from megatron_sod.config.load import load_config
 from megatron_sod.eval.demo import TABLES, run_demo
 from megatron_sod.eval.demo_table import table_page
 
@@ -36,7 +37,7 @@ def main() -> None:
         overrides = [*table.runs[name][1], *arguments.overrides]
         if run_demo(ROOT, table.run_name(name), overrides):
             failed.append(name)
-    text = table_page(table, arguments.runs)
+    text = table_page(table, arguments.runs, load_config(ROOT / "configs/demo_cpu.yaml"))
     (ROOT / table.page).write_text(text)
     print(text)
     if failed:

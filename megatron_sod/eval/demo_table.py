@@ -12,6 +12,7 @@ from statistics import fmean
 
 from omegaconf import OmegaConf
 
+from megatron_sod.config.schema import DistillConfig, SodConfig
 from megatron_sod.eval.demo import Table
 from megatron_sod.observe.run_dir import read_rows
 
@@ -24,19 +25,27 @@ LEGEND = f"""
 `a -> b` are means over the first and the last {EDGE} iterations: tool calls per trajectory, the
 step divergence d_k, and the student's entropy per token. `mean w_k` is over all iterations, `lost`
 the share of trajectories that infrastructure spoilt; those teach nothing. `ended`: complete, or how
-many iterations there were when it was stopped or failed; then each alarm of the watchdog with the
+many iterations there were when it was stopped or failed (`after` is then its newest evaluation, or
+`-` without one since the start); then each alarm of the watchdog with the
 iteration it began at. The wall time is that of the whole run, on a machine that may have had other
 work.
 """.strip()
 
 
-def table_page(table: Table, runs: Path) -> str:
-    """The table's page from the run folders there are below `runs`."""
+def table_page(table: Table, runs: Path, base: SodConfig) -> str:
+    """The table's page from the run folders there are below `runs`.
+
+    Args:
+        base: the demo's configuration, which every run overrides a part of.
+    """
+    sampling = f"{base.eval.num_samples} sample(s) each, temperature {base.eval.temperature:g}"
     lines = [
         f"# {table.title}",
         "",
         f"Made by `{table.command}` on {date.today()}, two CPU cores. Success on held-out tasks,",
-        "one sample each, temperature 1, with 95 % intervals; one seed unless it says so.",
+        f"{sampling}, with 95 % intervals; one seed unless it says so.",
+        "",
+        *_inherited(base.distill),
         "",
         _line(HEADER),
         "|" + "---|" * len(HEADER),
@@ -46,6 +55,20 @@ def table_page(table: Table, runs: Path) -> str:
     return "\n".join([*lines, "", LEGEND]) + "\n"
 
 
+def _inherited(distill: DistillConfig) -> list[str]:
+    """Loss and epsilon of rows that name no other; the schema's defaults are the paper's."""
+    paper = DistillConfig()
+    values = {
+        "loss": (distill.loss, paper.loss),
+        "step_weight.epsilon": (distill.step_weight.epsilon, paper.step_weight.epsilon),
+    }
+    lines = ["What a row's name does not change it has from `configs/demo_cpu.yaml`:"]
+    for name, (value, papers) in values.items():
+        other = f" (the paper's: `{papers}`)" if value != papers else ""
+        lines.append(f"`distill.{name}: {value}`{other},")
+    return [*lines[:-1], lines[-1].rstrip(",") + "."]
+
+
 def run_cells(run: Path) -> list[str]:
     """The cells of one run folder, in the order of HEADER after the first."""
     metrics, evals = read_rows(run / "metrics.jsonl"), read_rows(run / "evals.jsonl")
@@ -53,13 +76,15 @@ def run_cells(run: Path) -> list[str]:
         return [*["-"] * (HEADER.index("ended") - 1), "never started", "-", "-", "-"]
     student = [row for row in evals if row["model"] == "student"]
     teacher = [row for row in evals if row["model"] == "teacher"]
-    gain = f"{100 * (student[-1]['success'] - student[0]['success']):+.1f}" if student else "-"
+    # a run stopped early may have no evaluation but that of its start
+    after = student[-1:] if student and student[-1]["iteration"] > student[0]["iteration"] else []
+    gain = f"{100 * (after[0]['success'] - student[0]['success']):+.1f}" if after else "-"
     summary = run / "summary.json"
     wall = json.loads(summary.read_text())["wall_s"] if summary.is_file() else None
     weights = _values(metrics, "sod/w_mean")
     return [
         _success(student[:1]),
-        _success(student[-1:]),
+        _success(after),
         gain,
         f"{teacher[-1]['success']:.1%}" if teacher else "-",
         _change(metrics, "rollout/tool_calls_avg"),

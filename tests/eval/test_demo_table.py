@@ -7,12 +7,15 @@ import json
 
 import pytest
 
+from megatron_sod.config.load import load_config
 from megatron_sod.errors import DataError
 from megatron_sod.eval import overlap
 from megatron_sod.eval.demo import METHODS, TABLES
 from megatron_sod.eval.demo_table import HEADER, run_cells, table_page
+from tests.helpers.launch import ROOT
 
 TABLE = TABLES["methods"]
+BASE = ROOT / "configs/demo_cpu.yaml"
 
 
 def _write(run, metrics, evals, *, alarms=(), wall_s=None):
@@ -63,6 +66,25 @@ def test_a_run_the_watchdog_stopped_says_where_and_why(tmp_path):
     assert (row["wall, s"], row["mean w_k"], row["iterations"]) == ("-", "-", "7")
 
 
+@pytest.mark.parametrize("iterations", [(0,), (0, 0)])
+def test_a_run_without_a_later_evaluation_has_no_result(tmp_path, iterations):
+    """Its start is not what it reached."""
+    _write(tmp_path / "run", _metrics(7), [_eval(i, 0.5) for i in iterations])
+    row = _row(tmp_path / "run")
+    assert row["before"].startswith("50.0%")
+    assert (row["after"], row["gain, points"]) == ("-", "-")
+
+
+def test_the_page_says_what_its_rows_inherit_and_where_that_is_not_the_papers(tmp_path):
+    given = ["distill.loss=jsd", "distill.step_weight.epsilon=0.125"]
+    head = table_page(TABLE, tmp_path, load_config(BASE, given)).split("\n| run")[0]
+    head = " ".join(head.split())
+    assert "`distill.loss: jsd` (the paper's: `sampled_advantage`)" in head
+    assert "`distill.step_weight.epsilon: 0.125` (the paper's: `1e-06`)" in head
+    same = ["distill.loss=sampled_advantage", "distill.step_weight.epsilon=1e-6"]
+    assert "the paper's" not in table_page(TABLE, tmp_path, load_config(BASE, same))
+
+
 def test_alarms_and_rollbacks_of_a_complete_run_are_shown(tmp_path):
     alarms = [{"signal": "min_step_weight", "since": 4, "iteration": 5},
               {"iteration": 5, "back_to": 2}]  # fmt: skip
@@ -72,7 +94,7 @@ def test_alarms_and_rollbacks_of_a_complete_run_are_shown(tmp_path):
 
 def test_every_run_of_the_table_has_a_row(tmp_path):
     _write(tmp_path / TABLE.run_name("grpo"), _metrics(3), [])
-    text = table_page(TABLE, tmp_path)
+    text = table_page(TABLE, tmp_path, load_config(BASE))
     rows = [line for line in text.splitlines() if line.startswith("|")][2:]
     assert len(rows) == len(METHODS) and all(r.count("|") == len(HEADER) + 1 for r in rows)
     assert sum("never started" in row for row in rows) == len(METHODS) - 1
