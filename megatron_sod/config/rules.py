@@ -108,7 +108,7 @@ def _padded(length: int, layouts: list[ParallelConfig]) -> int:
 
 
 def _schedules(config: SodConfig) -> Iterator[str]:
-    withdraw, compat = config.distill.withdraw, config.ref_compat
+    withdraw = config.distill.withdraw
     if withdraw is not None and withdraw.end_iteration <= withdraw.start_iteration:
         yield "distill.withdraw.end_iteration must be above start_iteration"
     if withdraw is not None and withdraw.final_coef == 0 and config.grpo.coef == 0:
@@ -116,11 +116,25 @@ def _schedules(config: SodConfig) -> Iterator[str]:
             "distill.withdraw ends at final_coef 0 and grpo.coef is 0: nothing would be learnt "
             "from then on; raise one"
         )
-    weight = config.distill.step_weight
-    if compat and (weight.d_floor is not None or weight.w_min is not None):
+    if config.ref_compat:
+        yield from _not_in_the_reference(config)
+
+
+def _not_in_the_reference(config: SodConfig) -> Iterator[str]:
+    distill, weight = config.distill, config.distill.step_weight
+    if weight.d_floor is not None or weight.w_min is not None:
         yield "ref_compat: the reference has no d_floor or w_min; set both to null"
-    if compat and config.distill.loss != "sampled_advantage":
+    if weight.source != "sampled":
+        yield "ref_compat: the reference has distill.step_weight.source sampled only"
+    if distill.loss != "sampled_advantage":
         yield "ref_compat: the reference has distill.loss sampled_advantage only"
+    if distill.withdraw is not None or distill.exclude_token_ids:
+        yield "ref_compat: the reference has no distill.withdraw or exclude_token_ids; drop them"
+    if config.rollout.corrects_behaviour:
+        yield (
+            "ref_compat: the reference does not correct for older or other weights; set "
+            "rollout.max_staleness 0, partial_prompts 0 and correct_mismatch false"
+        )
 
 
 def _roles(config: SodConfig) -> Iterator[str]:
