@@ -50,7 +50,7 @@ def convert_hf_to_megatron(
             or `out` cannot be written; nothing is left behind.
     """
     geometry, parallel = load_geometry(hf), parallel or ParallelConfig()
-    if problems := layout_problems(geometry, parallel, "layout"):
+    if problems := layout_problems(geometry, parallel):
         raise ConfigError("\n".join(problems))
     source = HfTensors(hf)
     left_out = check_tensors(source, geometry)

@@ -199,8 +199,13 @@ def load_geometry(model_dir: str | Path) -> Geometry:
     return geometry_from_hf(read_hf_config(model_dir), source=f"{model_dir}/config.json")
 
 
-def layout_problems(geometry: Geometry, parallel, role: str) -> list[str]:
-    """Why `geometry` cannot be split as `parallel` asks; one line each."""
+def layout_problems(geometry: Geometry, parallel, role: str = "") -> list[str]:
+    """Why `geometry` cannot be split as `parallel` asks; one line each.
+
+    Args:
+        role: "student" or "teacher" of a run; empty: only files are cut so, nothing is computed.
+    """
+    section = f"{role}.parallel." if role else ""
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     chunks = pp * (parallel.virtual_pipeline_model_parallel_size or 1)
     stages = "pipeline_model_parallel_size"
@@ -222,19 +227,19 @@ def layout_problems(geometry: Geometry, parallel, role: str) -> list[str]:
         ffn = geometry.ffn_hidden_size
         divided.append(("intermediate_size", ffn, tp, "tensor_model_parallel_size"))
     problems = [
-        f"{role}.parallel.{key} {size} does not divide the model's {name} {count}; choose a divisor"
+        f"{section}{key} {size} does not divide the model's {name} {count}; choose a divisor"
         for name, count, size, key in divided
         if count % size
     ]
-    needs_sp = geometry.is_moe and tp > 1 and (role == "student" or ep > 1)
+    needs_sp = geometry.is_moe and tp > 1 and (role == "student" or (role and ep > 1))
     if needs_sp and not parallel.sequence_parallel:
         problems.append(
-            f"{role}.parallel.sequence_parallel must be true: with experts and "
+            f"{section}sequence_parallel must be true: with experts and "
             f"tensor_model_parallel_size {tp}, every rank would send every token to the experts"
         )
     if ep > 1 and not geometry.is_moe:
         problems.append(
-            f"{role}.parallel.expert_model_parallel_size {ep}: {geometry.family} has no experts; "
+            f"{section}expert_model_parallel_size {ep}: {geometry.family} has no experts; "
             "set it to 1"
         )
     return problems

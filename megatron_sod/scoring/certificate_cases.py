@@ -11,7 +11,7 @@ from megatron_sod.data.synthetic import write_model_with_weights
 from megatron_sod.scoring.certificate import Case
 
 TP2, PP2 = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
-TP4 = {"tensor_model_parallel_size": 4}
+TP4, PP4 = {"tensor_model_parallel_size": 4}, {"pipeline_model_parallel_size": 4}
 CP2, CP4 = {"context_parallel_size": 2}, {"context_parallel_size": 4}
 EP2, EP4 = {"expert_model_parallel_size": 2}, {"expert_model_parallel_size": 4}
 SP = {"sequence_parallel": True}
@@ -40,10 +40,16 @@ DENSE = {
     "dp2 split, teacher tp2": Case(2, {}, TP2, tokens_per_micro_batch=SMALL),
     "pp2 jsd, teacher cp2": Case(2, PP2, CP2, loss="jsd"),
     "tp4": Case(4, TP4),
+    "tp4 sp": Case(4, {**TP4, **SP}),
+    "pp4": Case(4, PP4),
     "cp4": Case(4, CP4),
+    "dp4 split": Case(4, tokens_per_micro_batch=SMALL),
     "tp2 pp2": Case(4, {**TP2, **PP2}),
+    "tp2 sp pp2": Case(4, {**TP2, **SP, **PP2}),
     "tp2 sp pp2 two chunks split": Case(4, {**TP2, **SP, **CHUNKS}, None, SMALL),
     "tp2 dp2 split": Case(4, TP2, None, SMALL),
+    "tp2 sp dp2 split": Case(4, {**TP2, **SP}, None, SMALL),
+    "pp2 dp2 split": Case(4, PP2, None, SMALL),
     "tp2 sp cp2": Case(4, {**TP2, **SP, **CP2}),
     "pp2 cp2 split": Case(4, {**PP2, **CP2}, None, SMALL),
     "cp2 dp2 split": Case(4, CP2, None, SMALL),
@@ -58,6 +64,7 @@ EXPERTS = {
     "pp2 split": Case(2, PP2, tokens_per_micro_batch=SMALL),
     "cp2": Case(2, CP2),
     "tp2 sp": Case(2, {**TP2, **SP}),
+    "ep2 recompute full": Case(2, EP2, recompute="full"),
     "tp2 sp ep2 whole experts": Case(2, {**TP2, **SP, **EP2, **WHOLE_EXPERTS}),
     "ep2, teacher pp2": Case(2, EP2, PP2),
     "ep4": Case(4, EP4),
@@ -65,6 +72,7 @@ EXPERTS = {
     "ep2 pp2 two chunks": Case(4, {**EP2, **CHUNKS}),
     "ep2 cp2": Case(4, {**EP2, **CP2}),
     "tp2 sp ep2 split": Case(4, {**TP2, **SP, **EP2}, None, SMALL),
+    "tp2 sp pp2": Case(4, {**TP2, **SP, **PP2}),
 }
 # A router's softmax is float32 whatever the model's precision, so experts cannot reach 1e-10.
 FAMILIES = {"dense": (DENSE, 1e-10), "experts": (EXPERTS, 1e-6)}

@@ -27,9 +27,7 @@ LAYOUTS = {
     "tp1": ParallelConfig(),
     "tp2_pp2": ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2),
     "tp4": ParallelConfig(tensor_model_parallel_size=4),
-    "tp2_ep2": ParallelConfig(
-        tensor_model_parallel_size=2, expert_model_parallel_size=2, sequence_parallel=True
-    ),
+    "tp2_ep2": ParallelConfig(tensor_model_parallel_size=2, expert_model_parallel_size=2),
 }
 CASES = [(f, n) for f in FAMILIES for n in LAYOUTS if "ep" not in n or f == "qwen3_moe"]
 DTYPES = [torch.float32, torch.bfloat16]
@@ -119,14 +117,17 @@ def test_a_layouts_ranks_get_files_of_their_own(models, tmp_path):
     assert offsets == {(expert, row, 0) for expert in (4, 5, 6, 7) for row in (16, 48)}
 
 
-@pytest.mark.parametrize(("tp", "rows"), [(1, 512), (2, 512), (4, 512)])
-def test_padded_vocabulary_rows_are_zero(models, tmp_path, tp, rows):
+@pytest.mark.parametrize(("tp", "rows"), [(1, 640), (2, 768), (4, 1024)])
+def test_padded_vocabulary_rows_are_zero(tmp_path, tp, rows):
     parallel = ParallelConfig(tensor_model_parallel_size=tp)
-    convert_hf_to_megatron(models / "qwen3", tmp_path / "m", parallel=parallel)
+    source = write_model_with_weights(
+        tmp_path / "hf", seed=3, vocab_size=601, num_attention_heads=8, num_key_value_heads=4
+    )
+    convert_hf_to_megatron(source, tmp_path / "m", parallel=parallel)
     stored = MegatronTensors(tmp_path / "m")
     key = "embedding.word_embeddings.weight"
-    assert stored._stored[key].size[0] == rows  # 389 rounded up to 128 x TP
-    geometry = load_geometry(models / "qwen3")
+    assert stored._stored[key].size[0] == rows  # 601 rounded up to 128 x TP
+    geometry = load_geometry(source)
     wide = type(geometry)(**{**geometry.__dict__, "vocab_size": rows})
     padding = torch.full((rows - geometry.vocab_size, 64), torch.nan)
     stored.fill(padding, key, wide, (geometry.vocab_size, 0))

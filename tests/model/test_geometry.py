@@ -179,6 +179,14 @@ def test_splits_that_do_not_divide_are_listed(tp, pp, named):
         assert name in problem and problem.startswith("teacher.parallel.")
 
 
+def test_files_may_be_cut_in_ways_that_no_model_is_computed_in():
+    parallel = ParallelConfig(tensor_model_parallel_size=2, expert_model_parallel_size=2)
+    geometry = geometry_from_hf({**QWEN3, **MOE})
+    (problem,) = layout_problems(geometry, parallel, "teacher")
+    assert problem.startswith("teacher.parallel.sequence_parallel must be true")
+    assert layout_problems(geometry, parallel) == []
+
+
 def test_experts_that_do_not_divide_and_layers_over_chunks_are_listed():
     parallel = ParallelConfig(
         pipeline_model_parallel_size=2,

@@ -1,7 +1,7 @@
 """Recorded trajectories, scored and credited, against the equations written out token by token.
 
 Layer: pure, float64 oracles. Published vectors: tests/scoring/test_credit.py and
-tests/algorithm; the same numbers in every layout: tests/train/test_parallel_invariance.py.
+tests/algorithm; the same numbers in every layout: test_certificate.py.
 """
 
 import random

@@ -1,7 +1,7 @@
 """The loss multiplies each row by its importance, as a constant.
 
-Layer: pure, a model that is only its logits. Layouts: test_parallel_invariance.py; the surrogate:
-tests/algorithm; the divergences: tests/ops.
+Layer: pure, a model that is only its logits. Layouts: tests/scoring/test_certificate.py; the
+surrogate: tests/algorithm; the divergences: tests/ops.
 """
 
 from types import SimpleNamespace
