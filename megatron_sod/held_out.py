@@ -58,11 +58,13 @@ def _evaluate(session: Session, model: str) -> EvalResult:
         iteration=session.progress.iteration,
     )
     session.run_dir.append("evals.jsonl", result.as_dict())
-    low, high = result.interval
+    (low, high), lost = result.interval, result.num_infra_errors
     session.view.evaluated(result.model, result.success, result.interval)
     say(
         f"{result.model} after iteration {result.iteration}: success {result.success:.1%} "
-        f"[{low:.1%}, {high:.1%}] on {result.num_prompts} held-out tasks" + _by_source(result)
+        f"[{low:.1%}, {high:.1%}] on {result.num_prompts} held-out tasks"
+        + _by_source(result)
+        + (f"; {lost} samples lost to infrastructure are left out" if lost else "")
     )
     return result
 

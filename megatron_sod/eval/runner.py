@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from megatron_sod.config.schema import SodConfig
-from megatron_sod.eval.metrics import mean, wilson_interval
+from megatron_sod.eval.metrics import bootstrap_interval, mean, wilson_interval
 from megatron_sod.eval.report import summarise_samples
 from megatron_sod.eval.samples import sample_record
 from megatron_sod.types import Prompt, Trajectory
@@ -22,8 +22,8 @@ class EvalResult:
 
     model: str  # student | teacher
     iteration: int
-    success: float
-    interval: tuple[float, float]  # 95 %, over prompts x samples
+    success: float  # mean over prompts of the mean over their graded samples
+    interval: tuple[float, float]  # 95 %, over prompts: Wilson's, or bootstrap of several samples
     num_prompts: int
     num_samples: int  # graded trajectories
     num_infra_errors: int  # left out, counted here
@@ -70,12 +70,20 @@ def summarise(
 ) -> EvalResult:
     """The result of graded trajectories."""
     graded = [t for t in trajectories if t.is_valid]
-    rewards = [max(0.0, min(1.0, t.reward)) for t in graded]
+    rewards: dict[str, list[float]] = defaultdict(list)
+    for t in graded:
+        rewards[t.prompt_id].append(max(0.0, min(1.0, t.reward)))
+    success = [mean(values) for values in rewards.values()]
+    is_independent = len(success) == len(graded)  # no two samples share a prompt's difficulty
     return EvalResult(
         model=model,
         iteration=iteration,
-        success=mean(rewards),
-        interval=wilson_interval(sum(rewards), len(rewards)),
+        success=mean(success),
+        interval=(
+            wilson_interval(sum(success), len(success))
+            if is_independent
+            else bootstrap_interval(success)
+        ),
         num_prompts=num_prompts,
         num_samples=len(graded),
         num_infra_errors=len(trajectories) - len(graded),

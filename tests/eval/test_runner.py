@@ -36,6 +36,32 @@ def test_success_is_the_mean_reward_with_its_interval():
     assert (result.model, result.iteration, result.num_prompts) == ("student", 3, 4)
 
 
+def _of_prompts(*rewards_of_prompt):
+    """Graded trajectories of several samples per prompt."""
+    plain = _graded(*[r for rewards in rewards_of_prompt for r in rewards])
+    names = [f"p:{n}" for n, rewards in enumerate(rewards_of_prompt) for _ in rewards]
+    return [replace(t, prompt_id=name) for t, name in zip(plain, names, strict=True)]
+
+
+def test_samples_of_one_prompt_are_not_independent():
+    """12 prompts always solved and 48 never: 60 observations, however often they are repeated."""
+    trajectories = _of_prompts(*[[float(n < 12)] * 4 for n in range(60)])
+    result = _summary(trajectories, num_prompts=60)
+    low, high = result.interval
+    assert result.success == pytest.approx(0.2) and result.num_samples == 240
+    # a binomial's 2.5 % and 97.5 % points over 60 prompts: 6 and 18; over 240 samples: 36 and 60
+    assert low == pytest.approx(6 / 60, abs=0.02) and high == pytest.approx(18 / 60, abs=0.02)
+    fewer = _summary(_of_prompts(*[[float(n < 12)] * 2 for n in range(60)]))
+    assert result.interval == fewer.interval
+
+
+def test_every_prompt_counts_the_same_whatever_was_lost_of_it():
+    trajectories = _of_prompts([1.0, 1.0, 1.0], [0.0, 0.0, 0.0])
+    lost = {"finish_reason": "infra_error", "reward": float("nan")}
+    trajectories[3:5] = [replace(t, **lost) for t in trajectories[3:5]]
+    assert _summary(trajectories).success == 0.5
+
+
 def test_lost_trajectories_are_left_out_and_counted():
     trajectories = _graded(1.0, 0.0, 1.0)
     trajectories[1] = replace(trajectories[1], finish_reason="infra_error", reward=float("nan"))
