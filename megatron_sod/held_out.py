@@ -74,7 +74,9 @@ def _by_source(result: EvalResult) -> str:
     if len(result.sources) < 2:
         return ""
     means = {name: n[f"avg@{n['num_samples']}"] for name, n in result.sources.items()}
-    return ": " + ", ".join(f"{name} {mean:.1%}" for name, mean in means.items())
+    return ": " + ", ".join(
+        f"{name} {'-' if mean is None else format(mean, '.1%')}" for name, mean in means.items()
+    )
 
 
 def _log(session: Session, result: EvalResult) -> None:

@@ -12,7 +12,8 @@ RIGHT = 1.0
 
 
 def summarise_samples(records: list[dict], *, num_samples: int) -> dict[str, Any]:
-    """{"overall": numbers, "sources": {name: numbers}}; rates are fractions."""
+    """{"overall": numbers, "sources": {name: numbers}}; rates are fractions, avg@k and its interval
+    None without a graded sample."""
     by_source: dict[str, list[dict]] = defaultdict(list)
     for record in records:
         by_source[record["data_source"] or "unnamed"].append(record)
@@ -40,8 +41,8 @@ def _numbers(records: list[dict], num_samples: int) -> dict[str, Any]:
         "num_samples": num_samples,
         "num_graded": sum(len(rows) for rows in graded.values()),
         "num_infra_errors": sum(not r["is_valid"] for r in records),
-        f"avg@{num_samples}": mean(per_prompt),
-        "interval": list(bootstrap_interval(per_prompt)),
+        f"avg@{num_samples}": mean(per_prompt) if per_prompt else None,
+        "interval": list(bootstrap_interval(per_prompt)) if per_prompt else None,
         "per_seed": per_seed,
         "seed_std": statistics.stdev(per_seed) if len(per_seed) > 1 else None,
         "pass": {str(k): _over_prompts(graded, k, _pass) for k in ks},
@@ -113,6 +114,8 @@ def table_lines(report: dict[str, Any]) -> list[str]:
 
 
 def _cells(numbers: dict[str, Any], n: int) -> list[str]:
+    if not numbers["num_graded"]:
+        return [str(numbers["num_prompts"]), *["-"] * 7, str(numbers["num_infra_errors"])]
     low, high = numbers["interval"]
     spread = f" +-{numbers['seed_std']:.1%}" if numbers["seed_std"] is not None else ""
     return [

@@ -83,7 +83,8 @@ def validation_scalars(sources: Mapping[str, Mapping[str, Any]]) -> dict[str, fl
     """Evaluation numbers of each data source under the reference's names.
 
     val-core/SOURCE/acc/{mean@n, best@n/mean, maj@n/mean} for all n samples of a prompt, and
-    val-aux/SOURCE/acc/{best@k/mean, maj@k/mean} for fewer; val-aux/num_turns/* over all.
+    val-aux/SOURCE/acc/{best@k/mean, maj@k/mean} for fewer; val-aux/num_turns/* over all. Nothing
+    for a source without a graded sample.
 
     Args:
         sources: as megatron_sod.eval.report.summarise_samples gives them.
@@ -91,6 +92,8 @@ def validation_scalars(sources: Mapping[str, Mapping[str, Any]]) -> dict[str, fl
     found: dict[str, float] = {}
     for source, numbers in sources.items():
         n = numbers["num_samples"]
+        if not numbers["num_graded"]:
+            continue
         found[f"val-core/{source}/acc/mean@{n}"] = numbers[f"avg@{n}"]
         for theirs, ours in (("best", "pass"), ("maj", "maj")):
             for k, value in numbers[ours].items():

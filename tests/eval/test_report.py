@@ -9,6 +9,7 @@ import itertools
 import pytest
 
 from megatron_sod.eval.report import summarise_samples, table_lines
+from megatron_sod.observe.reference_names import validation_scalars
 
 
 def _record(prompt, score, prediction="1", *, seed=0, source="math", valid=True, **more):
@@ -76,6 +77,17 @@ def test_a_prompt_without_any_graded_sample_is_counted_but_not_averaged():
     records = [_record("a", 1.0), _record("b", 0.0, valid=False)]
     numbers = summarise_samples(records, num_samples=1)["overall"]
     assert numbers["avg@1"] == 1.0 and numbers["num_prompts"] == 2
+
+
+def test_a_report_over_nothing_has_no_number_and_no_interval():
+    """A rate of 0 and an interval of everything would read as a measurement."""
+    records = [_record("a", 0.0, valid=False), _record("b", 0.0, valid=False)]
+    report = summarise_samples(records, num_samples=2)
+    numbers = report["overall"]
+    assert numbers["avg@2"] is None and numbers["interval"] is None
+    line = table_lines({**report, "protocol": {"num_samples": 2}})[-1]
+    assert [cell.strip() for cell in line.split("|")][1:-1] == ["math", "2", *["-"] * 7, "2"]
+    assert validation_scalars(report["sources"]) == {}
 
 
 def test_seeds_are_repeated_measurements_of_the_same_prompts():
