@@ -32,7 +32,7 @@ class Step:
     outcome: str  # ok | user_error | timeout | memory | output_limit | infra_error | rejected
     #               | malformed (a call that does not parse) | none (no call)
     num_tokens: int  # tokens the student wrote in this turn: 26
-    num_tool_calls: int = 0
+    num_tool_calls: int = 0  # that were run: not malformed, not refused
 
 
 LOST = ("infra_error", "time_limit")  # finish reasons that leave every statistic and every loss

@@ -57,7 +57,8 @@ def _trajectory(rng, prompt: int, sample: int, prompt_ids: list[int], vocab_size
         response += [rng.randrange(vocab_size) for _ in range(length)]
         mask += [True] * length
         step_ids += [number] * length
-        steps.append(Step(number, rng.choice(["ok", "user_error", "none"]), length, 1))
+        outcome = rng.choice(["ok", "user_error", "none"])
+        steps.append(Step(number, outcome, length, int(outcome != "none")))
         gap = rng.randint(0, 4)  # 0: two turns with no observation between them
         response += [rng.randrange(vocab_size) for _ in range(gap)]
         mask += [False] * gap

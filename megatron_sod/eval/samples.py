@@ -35,7 +35,7 @@ def sample_record(
         "finish_reason": trajectory.finish_reason,
         "num_turns": len(trajectory.steps),
         "num_tool_calls": sum(step.num_tool_calls for step in trajectory.steps),
-        "outcomes": [step.outcome for step in trajectory.steps if step.num_tool_calls],
+        "outcomes": [step.outcome for step in trajectory.steps if step.outcome != "none"],
         "response_tokens": len(trajectory.response_token_ids),
         "student_tokens": sum(trajectory.loss_mask),
         "final_text": text,

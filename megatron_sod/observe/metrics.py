@@ -54,7 +54,7 @@ def rollout_metrics(
 def _tool_metrics(trajectories: list[Trajectory]) -> dict[str, float]:
     """Outcomes as shares of the steps that called a tool, of valid trajectories; infrastructure
     errors, which end a trajectory, as their share of all such steps."""
-    calling = [(t, step) for t in trajectories for step in t.steps if step.num_tool_calls]
+    calling = [(t, step) for t in trajectories for step in t.steps if step.outcome != "none"]
     outcomes = Counter(step.outcome for t, step in calling if t.is_valid)
     num_infra = sum(step.outcome == "infra_error" for _, step in calling)
     num_valid = sum(t.is_valid for t in trajectories)

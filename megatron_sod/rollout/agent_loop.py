@@ -22,6 +22,7 @@ from megatron_sod.rollout.waiting import Waits
 from megatron_sod.types import Prompt, Trajectory
 
 UNGRADED = ("infra_error", "time_limit", "interrupted")
+NOT_RUN = ("malformed", "rejected")  # outcomes of calls that nothing was run for
 NOT_EXECUTED = "Error: not executed, one call per turn is allowed; call again"
 
 
@@ -156,7 +157,8 @@ class AgentLoop:
             return "max_turns"
         with waits.on("tools_s"):
             observations = await self._run_calls(calls, builder)
-        builder.set_outcome(_worst(observations), len(calls))
+        num_run = sum(o.outcome not in NOT_RUN for o in observations)
+        builder.set_outcome(_worst(observations), num_run)
         if any(o.outcome == "infra_error" for o in observations):
             return "infra_error"
         ids = self._chat.observation_ids([self._truncate(o.text) for o in observations])

@@ -15,9 +15,10 @@ def shape_rewards(
 ) -> list[Trajectory]:
     """The same trajectories with the reward training sees; `score` stays as graded.
 
-    tool_bonus: 1 for right, min(-0.6, -1 + 0.1 per tool call) for wrong, so that trying the tool
-    beats giving up. overlong_buffer: minus the share of the buffer before `max_response_length`
-    that the student's own tokens fill; tool output is not the student's and does not count.
+    tool_bonus: 1 for right, min(-0.6, -1 + 0.1 per tool call that was run) for wrong, so that
+    trying the tool beats giving up. overlong_buffer: minus the share of the buffer before
+    `max_response_length` that the student's own tokens fill; tool output is not the student's and
+    does not count.
     """
     if not config.tool_bonus and config.overlong_buffer is None:
         return trajectories

@@ -65,7 +65,7 @@ class TrajectoryBuilder:
         self.is_turn_open = False
 
     def set_outcome(self, outcome: str, num_tool_calls: int) -> None:
-        """What the tool calls of the latest step gave."""
+        """What the tool calls of the latest step gave, and how many of them were run."""
         step = self._steps[-1]
         self._steps[-1] = Step(step.step_id, outcome, step.num_tokens, num_tool_calls)
 

@@ -33,7 +33,7 @@ def _trajectory(prompt="p", reward=1.0, steps=(("none", 2, 0),), reason="answer"
 TRAJECTORIES = [
     _trajectory("a", 1.0, (("ok", 3, 1), ("user_error", 4, 1), ("none", 1, 0)), context=6),
     _trajectory("a", 0.0, (("ok", 2, 2),), reason="max_length", context=2),
-    _trajectory("b", 0.0, (("malformed", 2, 1), ("none", 2, 0))),
+    _trajectory("b", 0.0, (("malformed", 2, 0), ("none", 2, 0))),
     _trajectory("b", 0.0),
     _trajectory("b", float("nan"), (("infra_error", 9, 1),), reason="infra_error", context=1),
 ]
@@ -42,7 +42,7 @@ TRAJECTORIES = [
 def test_rollouts_are_averaged_over_valid_trajectories():
     m = rollout_metrics(TRAJECTORIES)
     assert m["rollout/reward_mean"] == 0.25
-    assert m["rollout/tool_calls_avg"] == 5 / 4  # 2 + 2 + 1 + 0
+    assert m["rollout/tool_calls_avg"] == 4 / 4  # 2 + 2 + 0 + 0: a malformed call is not run
     assert m["rollout/num_turns"] == 7 / 4  # 3 + 1 + 2 + 1
     assert m["rollout/student_tokens"] == (8 + 2 + 4 + 2) / 4
     assert m["rollout/response_length"] == (14 + 4 + 4 + 2) / 4
@@ -60,7 +60,7 @@ def test_outcomes_are_shares_of_steps_that_called_a_tool():
     shares = {name: m[name] for name in m if name.startswith("tool/") and name.endswith("_rate")}
     assert shares.pop("tool/infra_error_rate") == 0.2  # of all five calling steps
     assert sum(shares.values()) == 1.0
-    assert m["tool/calls"] == 5.0 and m["rollout/tool_success_avg"] == 2 / 4
+    assert m["tool/calls"] == 4.0 and m["rollout/tool_success_avg"] == 2 / 4
 
 
 def test_lengths_and_turns_have_ends():

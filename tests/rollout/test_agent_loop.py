@@ -119,7 +119,7 @@ def test_an_engine_that_samples_nothing_ends_an_empty_trajectory():
 
 def test_a_malformed_call_is_answered_and_counted():
     run = Run(["<tool_call>\n{oops\n</tool_call><|im_end|>", ANSWER], max_observation_length=99)
-    assert run.trajectory.steps[0] == Step(1, "malformed", len(run.turns[0]), 1)
+    assert run.trajectory.steps[0] == Step(1, "malformed", len(run.turns[0]), 0)
     assert "Error: the tool call is not valid JSON" in run.observation
     assert run.trajectory.finish_reason == "answer" and run.sandbox.programs == []
 
@@ -149,7 +149,17 @@ def test_calls_beyond_the_allowed_number_are_answered_but_not_run():
     assert run.observation.count("<tool_response>") == 2
     assert run.observation.index("one") < run.observation.index(NOT_EXECUTED)
     assert run.trajectory.steps[0].outcome == "rejected"
-    assert run.trajectory.steps[0].num_tool_calls == 2
+    assert run.trajectory.steps[0].num_tool_calls == 1
+
+
+def test_calls_that_never_ran_are_not_counted():
+    junk = "<tool_call>\n{oops\n</tool_call>"
+    assert Run([junk * 4 + "<|im_end|>", ANSWER]).trajectory.steps[0].num_tool_calls == 0
+    wanted = tool_call_text("print(1)")
+    run = Run([wanted * 4 + "<|im_end|>", ANSWER], Result(outcome="user_error", stderr="E"))
+    assert run.trajectory.steps[0].num_tool_calls == 1  # ran, and failed: it was tried
+    refused = Result(outcome="rejected", status="not_run", stderr="too large")
+    assert Run([call("print(1)"), ANSWER], refused).trajectory.steps[0].num_tool_calls == 0
 
 
 def test_several_allowed_calls_are_run_in_order_and_share_one_turn():

@@ -1,4 +1,4 @@
-"""What training sees of a score. Layer: pure."""
+"""What training sees of a score. Layer: pure, with the tiny tokenizer where a loop runs."""
 
 import math
 from dataclasses import replace
@@ -6,9 +6,11 @@ from dataclasses import replace
 import pytest
 
 from megatron_sod.config.schema import RewardConfig
+from megatron_sod.data.tiny_world import tool_call_text
 from megatron_sod.rollout.shaping import shape_rewards
 from megatron_sod.types import Step
 from tests.helpers.tiny import synthetic_trajectories
+from tests.rollout.one_run import Run
 
 
 def _trajectory(score: float, num_calls: int, num_tokens: int = 10):
@@ -37,6 +39,18 @@ def _reward(trajectory, **config) -> float:
 )
 def test_a_wrong_answer_that_tried_the_tool_costs_less(score, num_calls, reward):
     assert _reward(_trajectory(score, num_calls), tool_bonus=True) == pytest.approx(reward)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "reward"),
+    [
+        ("<tool_call>\n{oops\n</tool_call>" * 4, -1.0),  # none is run
+        (tool_call_text("print(1)") * 4, -0.9),  # the first is run, the others are refused
+    ],
+)
+def test_blocks_that_are_not_run_earn_nothing(blocks, reward):
+    run = Run([blocks + "<|im_end|>", "\\boxed{3}<|im_end|>"], reward=0.0)
+    assert _reward(run.trajectory, tool_bonus=True) == pytest.approx(reward)
 
 
 @pytest.mark.parametrize(("tokens", "reward"), [(80, 1.0), (85, 0.75), (100, 0.0), (120, 0.0)])

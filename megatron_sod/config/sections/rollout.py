@@ -129,7 +129,8 @@ class RewardConfig(Section):
     code_timeout_s: float = Field(10, gt=0, description="of one test")
     max_code_tests: int | None = Field(None, gt=0, description="the first so many only; null: all")
     tool_bonus: bool = Field(
-        False, description="train on 1 for right and min(-0.6, -1 + 0.1 per tool call) for wrong"
+        False,
+        description="train on 1 for right and min(-0.6, -1 + 0.1 per tool call run) for wrong",
     )
     overlong_buffer: int | None = Field(
         None,
