@@ -44,20 +44,34 @@ def answer_alarms(
 
 
 def open_watchdog(session: Session) -> Watchdog:
-    """The watchdog of a run that may be resumed: it remembers how the run began."""
+    """The watchdog of a run that may be resumed: it remembers how the run began.
+
+    A run resumed inside a collapse pauses or goes back again; one that only warns has warned.
+    """
+    done = session.progress.iteration - 1  # before the iteration it is first asked about
     rows = session.run_dir.rows("metrics.jsonl")
-    history = [row for row in rows if row["iteration"] < session.progress.iteration]
-    return Watchdog(session.config.watchdog, history)
+    history = [row for row in rows if row["iteration"] <= done]
+    config = session.config.watchdog
+    said = _said_until(session, done) if config.action == "warn" else set()
+    return Watchdog(config, history, said)
+
+
+def _said_until(session: Session, iteration: int) -> set[tuple[str, int]]:
+    """(signal, since) of the alarms of these iterations, less those taken back."""
+    said: set[tuple[str, int]] = set()
+    for row in session.run_dir.rows(ALARMS):
+        if "back_to" in row:
+            said = {(signal, since) for signal, since in said if since <= row["back_to"]}
+        elif row["iteration"] <= iteration:
+            said.add((row["signal"], row["since"]))
+    return said
 
 
 def _new_alarms(session: Session, metrics: dict[str, float]) -> list[Alarm]:
-    """Alarms that this iteration completes, said and written down; later ones are repetition."""
+    """Alarms that this process has not answered yet, said and written down."""
     if session.watchdog is None:
         session.watchdog = open_watchdog(session)
-    iteration = session.progress.iteration
-    patience = session.config.watchdog.patience
-    alarms = session.watchdog.check({"iteration": iteration, **metrics})
-    new = [alarm for alarm in alarms if alarm.iteration - alarm.since + 1 == patience]
+    new = session.watchdog.news({"iteration": session.progress.iteration, **metrics})
     for alarm in new:
         say(f"watchdog: {alarm}")
         row = asdict(alarm) | {"signal": alarm.signal.key, "metric": alarm.signal.metric}
@@ -103,12 +117,18 @@ def _roll_back(session: Session, good: Path, transfer: Callable[[Session, int], 
 
 
 def _pause(session: Session, alarms: list[Alarm], since: int) -> None:
-    session.save()
     session.checkpoints.finish()
+    latest, iteration = session.checkpoints.latest(), session.progress.iteration
+    saved = 0 if latest is None else checkpoint_files.iteration_of(latest)
+    # A run started again and again inside a collapse must not push its good checkpoints out.
+    if saved < max(since, iteration - 1):
+        session.save()
+        session.checkpoints.finish()
     raise WatchdogAlarm(
-        f"iteration {session.progress.iteration}: training looks like it is collapsing: "
+        f"iteration {iteration}: training looks like it is collapsing: "
         + "; ".join(str(alarm) for alarm in alarms)
         + f". The state is saved in {session.checkpoints.folder}. Look at the report "
         f"(tools/inspect_run.py {session.run_dir.path}), then start again: watchdog.action=warn "
-        f"goes on from here, train.resume=DIR from an iter_* folder before iteration {since}"
+        f"goes on from here, train.resume=DIR from an iter_* folder before iteration {since}; the "
+        "same command pauses again as long as this lasts"
     )

@@ -15,9 +15,11 @@ from megatron_sod import collapse
 from megatron_sod.errors import WatchdogAlarm
 from megatron_sod.observe.run_dir import RunDir
 from megatron_sod.train.checkpoint import Progress
+from megatron_sod.train.checkpoint_files import complete_checkpoints, folder_name
 from tests.helpers.tiny import sod_config
 
-CALLS = [4.0, 4.0, 4.0, 4.0, 1.0, 0.5]  # per trajectory: falls in iteration 5, noticed in 6
+# Per trajectory: falls in iteration 5, noticed in 6; the last one goes on.
+CALLS = [4.0, 4.0, 4.0, 4.0, 1.0, 0.5]
 BATCH = 8
 
 
@@ -26,23 +28,30 @@ class Session:
 
     is_main = True
 
-    def __init__(self, folder, saved, *, best=None, **watchdog):
+    def __init__(self, folder, saved=(), *, best=None, resumed_at=0, **watchdog):
         self.config = sod_config(
             "s", "t", watchdog=watchdog, observe={"run_dir": str(folder / "run")}
         )
         self.run_dir = RunDir(self.config)
         self.run_dir.prepare(self.config)
-        self.checkpoints = SimpleNamespace(folder=folder / "checkpoints", finish=lambda: None)
+        self.checkpoints = SimpleNamespace(
+            folder=folder / "checkpoints", finish=lambda: None, latest=self._latest
+        )
         for iteration in saved:
             (self.checkpoints.folder / f"iter_{iteration:06d}").mkdir(parents=True)
         if best is not None:
             (self.checkpoints.folder / "best").write_text(f"iter_{best:06d}\n")
-        self.progress = self._progress(0)
+        self.progress = self._progress(resumed_at)
+        self.run_dir.drop_after(resumed_at)
         self.watchdog, self.rollouts = None, self
         self.loaded, self.num_saves, self.num_discards, self.sent = [], 0, 0, []
 
     def _progress(self, iteration):
         return Progress(iteration, iteration, iteration * BATCH, iteration, "hash", 0.5, 2)
+
+    def _latest(self):
+        made = complete_checkpoints(self.checkpoints.folder)
+        return made[-1] if made else None
 
     def load(self, path):
         self.loaded.append(path.name)
@@ -50,6 +59,8 @@ class Session:
 
     def save(self):
         self.num_saves += 1
+        folder = self.checkpoints.folder / folder_name(self.progress.iteration)
+        folder.mkdir(parents=True, exist_ok=True)
 
     def discard(self):
         self.num_discards += 1
@@ -57,7 +68,7 @@ class Session:
     def train(self, first, last):
         for iteration in range(first, last + 1):
             self.progress = self._progress(iteration)
-            metrics = {"rollout/tool_calls_avg": CALLS[iteration - 1]}
+            metrics = {"rollout/tool_calls_avg": CALLS[min(iteration, len(CALLS)) - 1]}
             self.run_dir.append("metrics.jsonl", {"iteration": iteration, **metrics})
             collapse.answer_alarms(self, metrics, lambda _, version: self.sent.append(version))
 
@@ -80,10 +91,7 @@ def _alarms(session):
 
 def test_a_warning_is_said_and_written_once_and_training_goes_on(tmp_path, capfd):
     session = Session(tmp_path, [3], action="warn")
-    calls_seen = [*CALLS, 0.5, 0.5]
-    for iteration, calls in enumerate(calls_seen, start=1):
-        session.progress = session._progress(iteration)
-        collapse.answer_alarms(session, {"rollout/tool_calls_avg": calls}, lambda *_: None)
+    session.train(1, 8)
     assert capfd.readouterr().err.count("tool calls per trajectory") == 1
     assert [row["iteration"] for row in _alarms(session)] == [6]
     assert not session.loaded and not session.num_saves and not session.num_discards
@@ -140,3 +148,60 @@ def test_without_a_good_checkpoint_it_pauses(tmp_path):
     with pytest.raises(WatchdogAlarm):
         session.train(1, 6)
     assert not session.loaded and session.names == ["iter_000005", "iter_000006"]
+
+
+def test_the_same_command_after_a_pause_pauses_again_as_long_as_the_collapse_goes_on(tmp_path):
+    with pytest.raises(WatchdogAlarm):
+        Session(tmp_path, [4], action="pause").train(1, 6)
+    for _ in range(3):
+        again = Session(tmp_path, resumed_at=6, action="pause")
+        with pytest.raises(WatchdogAlarm, match="iteration 7.*since iteration 5"):
+            again.train(7, 11)
+        assert again.num_saves == 0, "checkpoints of the collapse would push the good one out"
+        assert again.names == ["iter_000004", "iter_000006"]
+
+
+def test_a_pause_whose_cause_is_mended_trains_on_and_notices_the_next_collapse(
+    tmp_path, monkeypatch
+):
+    with pytest.raises(WatchdogAlarm):
+        Session(tmp_path, [4], action="pause").train(1, 6)
+    monkeypatch.setattr(f"{__name__}.CALLS", [*CALLS, 4.0, 4.0, 0.5])
+    again = Session(tmp_path, resumed_at=6, action="pause")
+    with pytest.raises(WatchdogAlarm, match="iteration 10.*since iteration 9"):
+        again.train(7, 11)
+    assert again.num_saves == 1
+
+
+def test_a_run_resumed_with_warn_does_not_repeat_what_was_said(tmp_path, capfd):
+    with pytest.raises(WatchdogAlarm):
+        Session(tmp_path, [4], action="pause").train(1, 6)
+    capfd.readouterr()
+    again = Session(tmp_path, resumed_at=6, action="warn")
+    again.train(7, 11)
+    assert "tool calls" not in capfd.readouterr().err and len(_alarms(again)) == 1
+
+
+@pytest.mark.parametrize("resumed_at", [4, 5])
+def test_iterations_done_again_are_warned_of_again(tmp_path, capfd, resumed_at):
+    """What was said of them before belongs to a branch that is given up."""
+    Session(tmp_path, [resumed_at], action="warn").train(1, 6)
+    capfd.readouterr()
+    Session(tmp_path, resumed_at=resumed_at, action="warn").train(resumed_at + 1, 8)
+    assert capfd.readouterr().err.count("since iteration 5") == 1
+
+
+def test_a_run_resumed_in_a_collapse_with_rollback_goes_back_and_not_for_ever(tmp_path):
+    with pytest.raises(WatchdogAlarm):
+        Session(tmp_path, [4], action="pause").train(1, 6)
+    again = Session(tmp_path, resumed_at=6, action="rollback", max_rollbacks=2)
+    again.train(7, 7)
+    assert again.loaded == ["iter_000004"] and again.progress.iteration == 4
+    again.train(5, 6)
+    assert again.loaded == ["iter_000004"] * 2
+    with pytest.raises(WatchdogAlarm):
+        again.train(5, 6)
+    after = Session(tmp_path, resumed_at=6, action="rollback", max_rollbacks=2)
+    with pytest.raises(WatchdogAlarm):
+        after.train(7, 7)
+    assert not after.loaded, "the process before has used up the rollbacks"

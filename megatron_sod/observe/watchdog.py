@@ -90,10 +90,20 @@ class Alarm:
 class Watchdog:
     """Feed it one row of metrics per iteration; it answers with the alarms that hold."""
 
-    def __init__(self, config: WatchdogConfig, history: Iterable[Mapping[str, float]] = ()):
-        """`history`: rows of metrics.jsonl of a run that is resumed, oldest first."""
+    def __init__(
+        self,
+        config: WatchdogConfig,
+        history: Iterable[Mapping[str, float]] = (),
+        answered: Iterable[tuple[str, int]] = (),
+    ):
+        """
+        Args:
+            history: rows of metrics.jsonl of a run that is resumed, oldest first.
+            answered: (signal's key, since) of alarms that are no news.
+        """
         self._config = config
         self._rows = list(history)
+        self._answered = set(answered)
 
     def check(self, row: Mapping[str, float]) -> list[Alarm]:
         """Alarms that hold at this iteration; a signal without its metric is silent.
@@ -105,9 +115,17 @@ class Watchdog:
         alarms = (self._alarm(signal) for signal in SIGNALS)
         return [alarm for alarm in alarms if alarm is not None]
 
+    def news(self, row: Mapping[str, float]) -> list[Alarm]:
+        """Alarms that hold at this iteration and were not among the news before."""
+        alarms = self.check(row)
+        new = [a for a in alarms if (a.signal.key, a.since) not in self._answered]
+        self._answered |= {(a.signal.key, a.since) for a in new}
+        return new
+
     def forget_after(self, iteration: int) -> None:
         """After a rollback: the iterations past `iteration` have not happened."""
         self._rows = [row for row in self._rows if row["iteration"] <= iteration]
+        self._answered = {(key, since) for key, since in self._answered if since <= iteration}
 
     def _alarm(self, signal: Signal) -> Alarm | None:
         limit = getattr(self._config, signal.key)
