@@ -34,7 +34,6 @@ class Task:
 
     messages: list[dict]
     answer: str  # a value, a letter, or tests as JSON
-    data_source: str
 
 
 def read_task(row: dict, origin: str) -> Task | None:
@@ -78,7 +77,7 @@ def _rl_row(row: dict, origin: str) -> Task:
     form = _test_form(answer) if is_code else _answer_form(answer)
     last = {**messages[-1]}
     last["content"] = with_instructions(last["content"], form, add_work=len(messages) == 1)
-    return Task([*messages[:-1], last], answer, source)
+    return Task([*messages[:-1], last], answer)
 
 
 def _eval_code_row(row: dict, origin: str) -> Task:
@@ -86,7 +85,7 @@ def _eval_code_row(row: dict, origin: str) -> Task:
     if not _is_tests(answer):
         raise DataError(f"{origin}: reward_model.ground_truth holds no inputs and outputs")
     text = with_instructions(_text(row, "problem", origin), _test_form(answer))
-    return Task(_user(text), answer, str(row.get("data_source") or "livecodebench"))
+    return Task(_user(text), answer)
 
 
 def _ground_truth(row: dict, origin: str) -> str:
@@ -142,14 +141,14 @@ def _livecodebench_row(row: dict, origin: str) -> Task:
     else:
         text = with_instructions(text, "stdin")
     answer = json.dumps({"inputs": inputs, "outputs": outputs, "fn_name": fn_name})
-    return Task(_user(text), answer, "livecodebench")
+    return Task(_user(text), answer)
 
 
 def _sandbox_sample_row(row: dict, origin: str) -> Task:
     tests = row["test"].get("input_output") if isinstance(row["test"], dict) else None
     if not isinstance(tests, str) or not _is_tests(tests):
         raise DataError(f"{origin}: test.input_output must be JSON with inputs and outputs")
-    return Task(_user(_text(row, "content", origin)), tests, "livecodebench")
+    return Task(_user(_text(row, "content", origin)), tests)
 
 
 def _gpqa_row(row: dict, origin: str) -> Task:
@@ -160,22 +159,22 @@ def _gpqa_row(row: dict, origin: str) -> Task:
     choices.sort(key=lambda choice: hashlib.sha256((question + choice).encode()).digest())
     lines = [f"{letter}) {choice}" for letter, choice in zip("ABCD", choices, strict=True)]
     text = with_instructions(question + "\n\n" + "\n".join(lines), "choice")
-    return Task(_user(text), "ABCD"[choices.index(right)], "gpqa_diamond")
+    return Task(_user(text), "ABCD"[choices.index(right)])
 
 
 def _problem_solution_row(row: dict, origin: str) -> Task | None:
     solution = str(row["solution"])
     if not _LETTER.fullmatch(solution):
-        return _value_row("problem", "answer", "math")(row, origin) if row.get("answer") else None
+        return _value_row("problem", "answer")(row, origin) if row.get("answer") else None
     text = with_instructions(_text(row, "problem", origin), "choice")
-    return Task(_user(text), solution.strip(), str(row.get("data_source") or "gpqa_diamond"))
+    return Task(_user(text), solution.strip())
 
 
-def _value_row(problem: str, answer: str, source: str) -> Callable[[dict, str], Task]:
+def _value_row(problem: str, answer: str) -> Callable[[dict, str], Task]:
     def read(row: dict, origin: str) -> Task:
         value = str(row[answer])
         text = with_instructions(_text(row, problem, origin), _answer_form(value))
-        return Task(_user(text), value, str(row.get("data_source") or source))
+        return Task(_user(text), value)
 
     return read
 
@@ -187,7 +186,7 @@ _READERS: list[tuple[tuple[str, ...], Callable[[dict, str], Task | None]]] = [
     (("content", "test"), _sandbox_sample_row),
     (("Question", "Correct Answer", "Incorrect Answer 1"), _gpqa_row),
     (("problem", "solution"), _problem_solution_row),
-    (("Problem", "Answer"), _value_row("Problem", "Answer", "aime")),
-    (("problem", "answer"), _value_row("problem", "answer", "aime")),
-    (("question", "answer"), _value_row("question", "answer", "gsm8k")),
+    (("Problem", "Answer"), _value_row("Problem", "Answer")),
+    (("problem", "answer"), _value_row("problem", "answer")),
+    (("question", "answer"), _value_row("question", "answer")),
 ]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from megatron_sod.data import tiny_world
@@ -38,10 +40,18 @@ def load_prompts(
         DataError: a file is missing, a row is not usable, or nothing is left.
     """
     prompts, num_too_long = [], 0
+    names = _names(sources)
     for source in sources:
         for number, (row, origin) in enumerate(_rows(source)):
-            keys = (prompt_key, answer_key, hint_key)
-            prompt = _prompt(row, origin, f"{source}:{number}", chat, *keys)
+            task = _task(row, origin, prompt_key, answer_key)
+            prompt = Prompt(
+                prompt_id=f"{source}:{number}",
+                token_ids=chat.prompt_ids(task.messages),
+                answer=task.answer,
+                data_source=str(row.get("data_source") or names[source]),
+                messages=task.messages,
+                hint=str(row.get(hint_key) or ""),
+            )
             if len(prompt.token_ids) > max_length:
                 num_too_long += 1
             else:
@@ -100,29 +110,32 @@ def _message(message: dict) -> dict:
     return {**kept, "content": kept.get("content", "")}
 
 
-def _prompt(
-    row: dict,
-    origin: str,
-    prompt_id: str,
-    chat: ChatFormat,
-    prompt_key: str,
-    answer_key: str,
-    hint_key: str,
-) -> Prompt:
+def _names(sources: list[str]) -> dict[str, str]:
+    """What rows without a data_source are reported under: their file's name, with its folder, or
+    else its whole path, where another file has the same. Not "tiny_world": that name is graded
+    exactly."""
+    forms = {}
+    for source in sources:
+        path = Path(source).absolute()
+        forms[source] = (path.stem, f"{path.parent.name}-{path.stem}", source)
+    taken = [Counter(form) for form in zip(*forms.values(), strict=True)]
+    return {
+        source: next(
+            name
+            for name, count in zip(form, taken, strict=True)
+            if count[name] == 1 and name != "tiny_world"
+        )
+        for source, form in forms.items()
+    }
+
+
+def _task(row: dict, origin: str, prompt_key: str, answer_key: str) -> Task:
     """The columns the configuration names, where a row has them; else what the row's own columns
     say it is."""
     task = None
     if any(row.get(key) in (None, "") for key in (prompt_key, answer_key)):
         task = read_task(row, origin)
-    task = task or _plain_task(row, origin, prompt_key, answer_key)
-    return Prompt(
-        prompt_id=prompt_id,
-        token_ids=chat.prompt_ids(task.messages),
-        answer=task.answer,
-        data_source=task.data_source,
-        messages=task.messages,
-        hint=str(row.get(hint_key) or ""),
-    )
+    return task or _plain_task(row, origin, prompt_key, answer_key)
 
 
 def _plain_task(row: dict, origin: str, prompt_key: str, answer_key: str) -> Task:
@@ -139,7 +152,7 @@ def _plain_task(row: dict, origin: str, prompt_key: str, answer_key: str) -> Tas
             f"{origin}: {prompt_key!r} must be text or a list of messages with role and content; "
             f"found {question!r:.80}"
         )
-    return Task(messages, str(row[answer_key]), str(row.get("data_source") or ""))
+    return Task(messages, str(row[answer_key]))
 
 
 def _is_chat(messages: Any) -> bool:

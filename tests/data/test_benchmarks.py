@@ -21,6 +21,7 @@ from megatron_sod.data.instructions import with_instructions
 from megatron_sod.data.sources import load_conversations, load_prompts
 from megatron_sod.errors import DataError
 from megatron_sod.rollout.code_tests import CodeTests, is_code_task
+from megatron_sod.rollout.rewards import grade_auto
 from megatron_sod.types import Prompt
 from tests.helpers.tokenizers import tiny_tokenizer
 
@@ -62,7 +63,7 @@ GPQA = {
     "Incorrect Answer 2": "pion",
     "Incorrect Answer 3": "kaon",
 }
-# name: (row, answer or tests, data source, what the prompt asks for)
+# name: (row, answer or tests, data source ("": its file's name), what the prompt asks for)
 ROWS = {
     "dapo": (_rl("math_dapo", "34"), "34", "math_dapo", BOXED),
     "science": (_rl("mega-science", "0.5"), "0.5", "mega-science", BOXED),
@@ -75,7 +76,7 @@ ROWS = {
         _rl("train-code-leetcode", json.dumps({"assert_case": ["assert f(1) == 2"]})),
         {"assert_case": ["assert f(1) == 2"]}, "train-code-leetcode", PROGRAM,
     ),
-    "aime24": ({"Problem": "Find x.", "Answer": 25}, "25", "aime", BOXED),
+    "aime24": ({"Problem": "Find x.", "Answer": 25}, "25", "", BOXED),
     "aime25": (
         {"problem": "Find x.", "answer": "336^\\circ", "data_source": "aime2025"},
         "336^\\circ", "aime2025", BOXED,
@@ -85,7 +86,7 @@ ROWS = {
          "data_source": "gpqa"}, "B", "gpqa", LETTER,
     ),
     "math with a worked solution": (
-        {"problem": "1+1?", "solution": "Add them.", "answer": "2"}, "2", "math", BOXED,
+        {"problem": "1+1?", "solution": "Add them.", "answer": "2"}, "2", "", BOXED,
     ),
     "lcb eval": (
         {"problem": "Add.", "data_source": "lcb", "ability": "code",
@@ -93,8 +94,8 @@ ROWS = {
         TESTS, "lcb", PROGRAM,
     ),
     "lcb": (LCB, {"inputs": ["1 2", SECRET], "outputs": ["3", "99887766"]},
-            "livecodebench", PROGRAM),
-    "gsm8k": ({"question": "2+2?", "answer": "so\n#### 4"}, "so\n#### 4", "gsm8k", BOXED),
+            "", PROGRAM),
+    "gsm8k": ({"question": "2+2?", "answer": "so\n#### 4"}, "so\n#### 4", "", BOXED),
 }  # fmt: skip
 
 
@@ -102,7 +103,6 @@ ROWS = {
 def test_a_row_is_read_by_its_own_columns(name):
     row, answer, source, asks = ROWS[name]
     task = read_task(row, "f row 1")
-    assert task.data_source == source
     found = json.loads(task.answer) if isinstance(answer, dict) else task.answer
     if isinstance(answer, dict):
         assert {k: v for k, v in found.items() if v is not None} == answer
@@ -136,6 +136,29 @@ def test_every_row_of_a_mixed_file_gets_the_instruction_of_its_own_kind(tmp_path
              for p in prompts]  # fmt: skip
     assert asked == [(True, False), (False, True), (True, False), (False, True)]
     assert [p.data_source for p in prompts] == [ROWS[name][2] for name in names]
+
+
+def test_files_of_one_form_are_reported_apart_and_rows_keep_their_own_name(tmp_path):
+    expected = {
+        "aime24.jsonl": "aime24",
+        "aime25.jsonl": "aime25",
+        "main/test.jsonl": "main-test",
+        "diamond/test.jsonl": str(tmp_path / "diamond/test.jsonl"),
+        "diamond/test.json": str(tmp_path / "diamond/test.json"),
+        "a/tiny_world.jsonl": "a-tiny_world",  # a name that would be graded exactly
+    }
+    row = {"problem": "Find x.", "answer": "25", "id": "1"}
+    for name in expected:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(
+            json.dumps(row) + "\n" + json.dumps({**row, "data_source": "own"})
+        )
+    chat = ChatFormat(tiny_tokenizer(), tools=None)
+    files = [str(tmp_path / name) for name in expected]
+    prompts = load_prompts(files, chat, prompt_key="p", answer_key="a", max_length=4000)
+    assert [p.data_source for p in prompts[::2]] == list(expected.values())
+    assert {p.data_source for p in prompts[1::2]} == {"own"}
+    assert {grade_auto(p, "\\boxed{25.0}") for p in prompts} == {1.0}  # whatever the file is called
 
 
 def test_a_prompt_that_says_how_to_answer_is_not_told_again():

@@ -190,9 +190,9 @@ def test_real_rows_the_real_tokenizer_and_a_random_model_run_to_the_end(tmp_path
     arguments += ["rollout.max_observation_length=32", "eval.prompts_per_round=4"]
     arguments += ["observe.loggers=[tensorboard]"]
     report, said = _evaluate(tmp_path / "out", *arguments)
-    numbers = report["sources"]["gsm8k"]
+    numbers = report["sources"]["gsm8k_test"]
     assert numbers["num_prompts"] == 6 and numbers["num_graded"] == 12
-    assert "| gsm8k" in said
+    assert "| gsm8k_test" in said
     assert list((tmp_path / "out" / "tensorboard").glob("events*"))
 
 
