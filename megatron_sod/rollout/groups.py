@@ -20,7 +20,9 @@ class GroupRequest:
     """Trajectories of one prompt, to be started or continued."""
 
     prompt: Prompt
-    tag: str  # makes trajectory ids unique: the iteration the group was drawn in
+    # Makes trajectory ids unique: the iteration the group was drawn in, "6"; "6+" after what it had
+    # was thrown away, as the next epoch's group of this prompt may be one of iteration 6 too.
+    tag: str
     num_generations: int
     begun: tuple[Trajectory, ...] = ()  # of an interrupted group: all of them, in sample order
 

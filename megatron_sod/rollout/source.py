@@ -12,6 +12,7 @@ import json
 import threading
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -45,7 +46,7 @@ class Rollouts(Protocol):
         ...
 
     def discard(self) -> None:
-        """Forget what has been rolled out and not trained on; its prompts are drawn again."""
+        """Forget what has been rolled out and not trained on; its groups begin anew."""
         ...
 
     def store(self, folder: Path) -> None:
@@ -122,16 +123,29 @@ class LiveRollouts:
 
     def discard(self) -> None:
         self.finish_ahead()
-        begun = self._ready.carried if self._ready else self._carried
-        trajectories = [t for group in begun for t in group.begun]
-        trajectories += self._ready.trajectories if self._ready else []
-        if trajectories:
-            self._num_discarded += len(trajectories)
+        carried = self._ready.carried if self._ready else self._carried
+        ready = self._ready.trajectories if self._ready else []
+        num_discarded = len(ready) + sum(len(group.begun) for group in carried)
+        if num_discarded:
+            self._num_discarded += num_discarded
             say(
-                f"{len(trajectories)} trajectories rolled out ahead by weights that were taken "
-                "back are thrown away; their prompts are drawn again"
+                f"{num_discarded} trajectories rolled out ahead by weights that were taken back "
+                "are thrown away; their prompts begin anew"
             )
-        self._ready, self._carried = None, []
+        # All are kept as groups: those trained on are no prefix of the order, so that drawing
+        # from its position would miss prompts and repeat others.
+        groups = [*self._groups_of(ready), *carried]
+        self._ready, self._carried = None, [replace(g, tag=f"{g.tag}+", begun=()) for g in groups]
+
+    def _groups_of(self, trajectories: list[Trajectory]) -> list[GroupRequest]:
+        """The requests that complete groups answer, in their order."""
+        by_id = {prompt.prompt_id: prompt for prompt in self._prompts}
+        names = Counter(t.trajectory_id.rpartition("/")[0] for t in trajectories)
+        groups = []
+        for name, count in names.items():
+            prompt_id, _, tag = name.rpartition("/")
+            groups.append(GroupRequest(by_id[prompt_id], tag, count))
+        return groups
 
     def _roll_out(self, iteration: int, num_trained: int) -> RolloutResult:
         rollout, train = self._config.rollout, self._config.train

@@ -124,19 +124,52 @@ def test_a_resumed_run_goes_on_with_what_was_ahead_or_carried(
 
 
 @pytest.mark.parametrize("is_ahead", [False, True])
-def test_what_is_discarded_is_counted_told_and_drawn_again(is_ahead, capfd):
+def test_what_is_discarded_is_counted_told_and_begins_anew(is_ahead, capfd):
     engines = Engines()
     source = _source(engines, partial_prompts=2)
-    _iterate(source, last=2, is_ahead=is_ahead)
+    trained = {name for names in _iterate(source, last=2, is_ahead=is_ahead) for name in names}
+    left = [name for name in engines.asked[-1] if f"{name}/0" not in trained]
+    assert len(left) == 2 + BATCH * is_ahead  # what was carried, and what was ahead
     source.discard()
-    num_discarded = (2 + BATCH * is_ahead) * SIZE  # what was carried, and what was ahead
-    assert f"{num_discarded} trajectories" in capfd.readouterr().err
-    collected = [t.trajectory_id for t in source.collect(2, 2 * BATCH)]  # back by one iteration
-    first = PromptOrder(40, 1).draw(2 * BATCH, BATCH + 2)
-    assert engines.asked[-1] == [f"p:{i}/2" for i in first] and len(collected) == BATCH * SIZE
-    assert source.metrics["rollout/discarded"] == num_discarded
+    assert f"{len(left) * SIZE} trajectories" in capfd.readouterr().err
+    collected = source.collect(2, 2 * BATCH)  # back by one iteration
+    assert sorted(engines.asked[-1][: len(left)]) == sorted(f"{name}+" for name in left), (
+        "ids differ from those of the trajectories thrown away"
+    )
+    assert len(collected) == BATCH * SIZE
+    assert source.metrics["rollout/discarded"] == len(left) * SIZE
     source.collect(3, 3 * BATCH)
     assert source.metrics["rollout/discarded"] == 0, "counted once"
+
+
+@pytest.mark.parametrize("stored_after", [None, "rollback", "next iteration"])
+@pytest.mark.parametrize("is_ahead", [False, True])
+@pytest.mark.parametrize("partial", [0, 1, 3])
+def test_after_going_back_every_prompt_is_still_drawn_once(
+    tmp_path, is_ahead, partial, stored_after
+):
+    """What was carried or ahead was trained on by nobody, though it is no end of the order."""
+    for seed in range(10):
+        engines = Engines(seed)
+        source = _source(engines, partial_prompts=partial)
+        collected = _iterate(source, last=3, is_ahead=is_ahead)
+        source.discard()
+        for iteration in range(2, ITERATIONS + 1):  # back to iteration 1, with two batches used up
+            if stored_after == ("rollback" if iteration == 2 else "next iteration"):
+                folder = tmp_path / f"{seed}-{iteration}"
+                folder.mkdir()
+                source.store(folder)
+                source = _source(engines, partial_prompts=partial)
+                source.restore(folder)
+            num_trained = (iteration + 1) * BATCH
+            collected.append([t.trajectory_id for t in source.collect(iteration, num_trained)])
+            if is_ahead and iteration < ITERATIONS:
+                source.start_ahead(iteration + 1, num_trained + BATCH)
+            source.finish_ahead()
+        flat = [name for names in collected for name in names]
+        assert len(flat) == len(set(flat)) == (ITERATIONS + 2) * BATCH * SIZE
+        expected = {f"p:{i}" for i in PromptOrder(40, 1).draw(0, (ITERATIONS + 2) * BATCH)}
+        assert {name.split("/")[0] for name in flat} == expected, f"seed {seed}"
 
 
 def test_after_going_back_no_token_of_the_weights_taken_back_is_collected():
