@@ -18,6 +18,7 @@ from megatron_sod.parallel.status import STATUS
 
 Result = TypeVar("Result")
 _POLL_S = 0.05
+_GRACE_S = 60.0  # rank 0's work ends itself after the same time, and what it says is to arrive
 _calls = 0
 
 
@@ -47,7 +48,7 @@ def from_rank0(work: Callable[[], Result], *, timeout_s: float) -> Result:
 
 
 def _wait(store, key: str, timeout_s: float) -> None:
-    deadline = time.monotonic() + timeout_s
+    deadline = time.monotonic() + timeout_s + _GRACE_S
     while not store.check([key]):
         if time.monotonic() > deadline:
             raise PeerFailed(

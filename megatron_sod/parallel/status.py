@@ -1,7 +1,8 @@
 """What this rank is doing right now, cheap enough to note at every micro-batch and collective.
 
-One record per process. The main thread writes it; the watching thread (parallel/watch.py) shares it
-with the other ranks.
+One record per process. The main thread writes it; threads that wait for Ray beside it (a rollout
+ahead, a weight transfer) only announce their silence. The watching thread (parallel/watch.py)
+shares it with the other ranks.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class Status:
         self.work: Any = None  # the pending collective's handle, where holding it costs nothing
         self.state = "running"  # running | failed | ended
         self._touched = time.monotonic()
-        self._patient_until = 0.0
+        self._deadlines: list[float] = []  # of announced work, of any thread
 
     def touch(self) -> None:
         self._touched = time.monotonic()
@@ -64,17 +65,18 @@ class Status:
     @contextmanager
     def may_take(self, seconds: float) -> Iterator[None]:
         """Work that is silent for up to `seconds` and has a timeout of its own."""
-        before, self._patient_until = self._patient_until, time.monotonic() + seconds
+        deadline = time.monotonic() + seconds
+        self._deadlines.append(deadline)
         try:
             yield
         finally:
-            self._patient_until = before
+            self._deadlines.remove(deadline)
             self.touch()
 
     def snapshot(self) -> dict[str, Any]:
         """The record as plain values, `quiet_s` and `patience_s` relative to now."""
         now, collective = time.monotonic(), self.collective
-        work = self.work
+        work, deadline = self.work, max(tuple(self._deadlines), default=now)
         return {
             "host": socket.gethostname(),
             "pid_space": _pid_space(),
@@ -86,7 +88,7 @@ class Status:
             "collective": None if collective is None else vars(collective),
             "in_collective": work is not None and not work.is_completed(),
             "quiet_s": now - self._touched,
-            "patience_s": max(self._patient_until - now, 0.0),
+            "patience_s": max(deadline - now, 0.0),
         }
 
 
