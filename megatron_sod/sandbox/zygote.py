@@ -7,7 +7,6 @@ import fcntl
 import json
 import os
 import select
-import shutil
 import signal
 import socket
 import subprocess
@@ -17,6 +16,7 @@ import threading
 from megatron_sod.errors import SandboxError
 
 from . import interpreter
+from .scratch import ScratchFolder
 
 _BOOT = "import sys; sys.path.insert(0, sys.argv[1]); from guest.zygote import main; main()"
 _START_TIMEOUT_S = 120.0  # importing sympy on a busy machine takes seconds
@@ -83,22 +83,21 @@ class Zygote:
         self._lock = threading.Lock()
         self._process: subprocess.Popen | None = None
         self._socket: socket.socket | None = None
-        self._folder: str | None = None
+        self._folder: ScratchFolder | None = None
         self._uid_locks: list[socket.socket] = []
 
     def start(self):
         config = self._config
         config["owner_pid"] = os.getpid()
         config["uid"], config["uids"] = None, []
-        if config["drops_uid"]:
-            uses_namespaces = config["level"] == "L3"
-            uids, self._uid_locks = claim_uids(1 if uses_namespaces else self._num_slots)
-            config["uid" if uses_namespaces else "uids"] = uids[0] if uses_namespaces else uids
-        if config["level"] != "L3":
-            self._folder = tempfile.mkdtemp(prefix="sod-sandbox-")
-            os.chmod(self._folder, 0o711)
-            config["scratch_base"] = self._folder
         try:
+            if config["drops_uid"]:
+                uses_namespaces = config["level"] == "L3"
+                uids, self._uid_locks = claim_uids(1 if uses_namespaces else self._num_slots)
+                config["uid" if uses_namespaces else "uids"] = uids[0] if uses_namespaces else uids
+            if config["level"] != "L3":
+                self._folder = ScratchFolder()
+                config["scratch_base"] = self._folder.path
             self._launch(config)
             self._await_ready(self._socket)
         except BaseException:
@@ -182,7 +181,7 @@ class Zygote:
                 process.wait()
             self._errors.close()
         if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder.remove()
             self._folder = None
         for lock in self._uid_locks:
             lock.close()

@@ -53,7 +53,7 @@ def test_infrastructure_error_has_no_text():
         ("a\0b\x08\x7f\x85\tc", "ab\tc"),
         ("\ud800", "?"),
         ('File "/sandbox/main.py", line 1', 'File "main.py", line 1'),
-        ('File "/tmp/sod-sandbox-a1b2/3/main.py"', 'File "main.py"'),
+        ('File "/tmp/sod-sandbox-71-a1b2/3/main.py"', 'File "main.py"'),
         ("/usr/lib/x.py", "/usr/lib/x.py"),
     ],
 )
