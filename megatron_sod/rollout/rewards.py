@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib
 import re
+import threading
 from collections.abc import Callable
 
 from megatron_sod.config.schema import RewardConfig
-from megatron_sod.errors import ConfigError
+from megatron_sod.errors import ConfigError, GraderUnavailable, SandboxError
 from megatron_sod.rollout.answers import (
     last_boxed,
     normalised,
@@ -33,7 +34,7 @@ def make_grader(config: RewardConfig, open_sandbox: Callable[[], object] | None 
     """The grader a configuration names.
 
     Args:
-        open_sandbox: called once, when the first code task comes.
+        open_sandbox: called when the first code task comes, and again only where it failed.
     Raises:
         ConfigError: the imported function does not exist.
     """
@@ -54,6 +55,7 @@ class _AutoGrader:
 
     def __init__(self, config: RewardConfig, open_sandbox: Callable[[], object] | None):
         self._config, self._open_sandbox = config, open_sandbox
+        self._opening = threading.Lock()  # answers are graded in threads
         self._code: CodeGrader | None = None
 
     def __call__(self, prompt: Prompt, text: str) -> float:
@@ -62,13 +64,18 @@ class _AutoGrader:
         return grade_auto(prompt, text)
 
     def _code_grader(self) -> CodeGrader:
-        if self._code is None:
-            assert self._open_sandbox is not None, "code tasks are graded in a sandbox"
-            config = self._config
-            self._code = CodeGrader(
-                self._open_sandbox(), score=config.code_score, max_tests=config.max_code_tests
-            )
-        return self._code
+        with self._opening:
+            if self._code is None:
+                assert self._open_sandbox is not None, "code tasks are graded in a sandbox"
+                config = self._config
+                try:
+                    sandbox = self._open_sandbox()
+                except (SandboxError, OSError) as error:
+                    raise GraderUnavailable(f"code tests: no sandbox opens ({error})") from error
+                self._code = CodeGrader(
+                    sandbox, score=config.code_score, max_tests=config.max_code_tests
+                )
+            return self._code
 
 
 def grade_exact(prompt: Prompt, text: str) -> float:

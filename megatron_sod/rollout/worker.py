@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import math
 from dataclasses import dataclass
 
-from megatron_sod.config.schema import SodConfig
+from megatron_sod.config.schema import SandboxConfig, SodConfig
 from megatron_sod.data.chat import ChatFormat
 from megatron_sod.data.sources import tool_schemas
 from megatron_sod.data.tokenizer import load_tokenizer
@@ -47,8 +49,8 @@ class RolloutWorker:
         self._chat = make_chat(config, config.student.path)
         self._incidents = Incidents()
         self._engines = EnginePool(engines, self._incidents, first=number)
-        sandbox = config.sandbox
-        self._sandbox = _open(sandbox)
+        sandbox, self._closing = config.sandbox, contextlib.ExitStack()
+        self._sandbox = self._closing.enter_context(_open(sandbox))
         self._interpreter = CodeInterpreter(
             self._sandbox,
             max_infra_retries=sandbox.max_infra_retries,
@@ -57,11 +59,15 @@ class RolloutWorker:
             hang_timeout_s=(sandbox.max_infra_retries + 1) * (2 * sandbox.timeout_s + 150),
             incidents=self._incidents,
         )
+        self._closing.callback(self._interpreter.close)
         self._tool: Tool = self._interpreter
         if sandbox.failure_rate > 0:
             self._tool = FlakyTool(self._interpreter, sandbox.failure_rate)
         self._grader = make_grader(
-            config.reward, lambda: _open(sandbox, timeout_s=config.reward.code_timeout_s)
+            config.reward,
+            lambda: self._closing.enter_context(
+                _open(sandbox, timeout_s=config.reward.code_timeout_s)
+            ),
         )
         rollout = config.rollout
         self._limits = Limits(
@@ -127,23 +133,35 @@ class RolloutWorker:
         return float(await asyncio.to_thread(self._grader, prompt, text))
 
     async def close(self) -> None:
-        self._interpreter.close()
-        self._sandbox.close()
+        self._closing.close()
 
 
-def _concurrency(config, sandbox) -> int:
+def _concurrency(config: SandboxConfig, sandbox) -> int:
     """Tool calls at a time."""
     if config.kind == "sandbox_fusion":
         return config.max_concurrency or _FUSION_CALLS_PER_ADDRESS * len(config.url)
     return sandbox.max_concurrency
 
 
-def _open(sandbox, *, timeout_s: float | None = None):
+def _calls_per_address(config: SandboxConfig) -> int:
+    """Of a service. What the client kept waiting would count as hanging, so it takes all that the
+    interpreter lets through."""
+    if config.max_concurrency is None:
+        return _FUSION_CALLS_PER_ADDRESS
+    return math.ceil(config.max_concurrency / len(config.url))
+
+
+def _open(sandbox: SandboxConfig, *, timeout_s: float | None = None):
     timeout_s = timeout_s or sandbox.timeout_s
     if sandbox.kind == "sandbox_fusion":
         from megatron_sod.sandbox.fusion_client import FusionClient
 
-        return FusionClient(sandbox.url, timeout_s=timeout_s, memory_mb=sandbox.memory_mb)
+        return FusionClient(
+            sandbox.url,
+            timeout_s=timeout_s,
+            memory_mb=sandbox.memory_mb,
+            max_concurrency=_calls_per_address(sandbox),
+        )
     return open_sandbox(
         level=sandbox.level,
         timeout_s=timeout_s,

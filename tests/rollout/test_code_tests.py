@@ -4,16 +4,20 @@ Layers: pure -> the real sandbox at the level this machine reaches.
 """
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 
 from megatron_sod.config.schema import RewardConfig
-from megatron_sod.errors import DataError, GraderUnavailable
+from megatron_sod.errors import DataError, GraderUnavailable, SandboxError
 from megatron_sod.rollout.code_tests import CodeGrader, CodeTests, last_program, same_output
 from megatron_sod.rollout.rewards import make_grader
 from megatron_sod.sandbox import open_sandbox
 from megatron_sod.sandbox.result import infra_error
 from megatron_sod.types import Prompt
+from tests.helpers.fakes import Result
 
 
 @pytest.fixture(scope="module")
@@ -168,3 +172,36 @@ def test_an_answer_that_is_no_tests_is_named(answer):
 )
 def test_outputs_are_compared_line_by_line(printed, expected, is_same):
     assert same_output(printed, expected) is is_same
+
+
+class _Opener:
+    """Opens sandboxes in which every program prints 1; counts them."""
+
+    def __init__(self, *failures: Exception):
+        self.failures, self.num_opened = list(failures), 0
+
+    def __call__(self):
+        self.num_opened += 1
+        time.sleep(0.05)  # so that whoever comes meanwhile is seen
+        if self.failures:
+            raise self.failures.pop()
+        return SimpleNamespace(run=lambda code, stdin: Result(stdout="1\n"))
+
+
+def test_answers_graded_at_once_share_one_sandbox():
+    opener = _Opener()
+    grader = make_grader(RewardConfig(), opener)
+    prompt = _prompt(inputs=[""], outputs=["1\n"])
+    with ThreadPoolExecutor(16) as pool:
+        rewards = list(pool.map(lambda _: grader(prompt, _turn("print(1)")), range(16)))
+    assert rewards == [1.0] * 16 and opener.num_opened == 1
+
+
+@pytest.mark.parametrize("error", [SandboxError("no free user ids"), OSError(24, "too many files")])
+def test_a_sandbox_that_does_not_open_is_no_verdict_and_is_tried_again(error):
+    opener = _Opener(error)
+    grader = make_grader(RewardConfig(), opener)
+    prompt = _prompt(inputs=[""], outputs=["1\n"])
+    with pytest.raises(GraderUnavailable, match=str(error.args[-1])):
+        grader(prompt, _turn("print(1)"))
+    assert grader(prompt, _turn("print(1)")) == 1.0 and opener.num_opened == 2

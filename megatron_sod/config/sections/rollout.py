@@ -110,7 +110,11 @@ class SandboxConfig(Section):
     memory_mb: int = Field(2048, gt=0, description="of one call, all its processes together")
     warm: bool = Field(True, description="fork calls from a parent that has imported `preload`")
     preload: list[str] = Field([], description="modules imported once by the warm parent")
-    max_concurrency: int | None = Field(None, gt=0, description="calls at a time; null: by cores")
+    max_concurrency: int | None = Field(
+        None,
+        gt=0,
+        description="calls at a time of each worker, graders apart; null: by cores, 32 per url",
+    )
     max_infra_retries: int = Field(2, ge=0, description="per call, on infrastructure errors")
     failure_rate: float = Field(
         0.0, ge=0, lt=1, description="the tiny world's dial: share of calls that answer a timeout"
