@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
+import inspect
 import itertools
 import os
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
-from megatron_sod.errors import WeightTransferError
+from megatron_sod.errors import EngineLost, RolloutError, SodError, WeightTransferError
 from megatron_sod.rollout.agent_loop import SampledTurn, Sampling
 
 PauseMode = Literal["wait", "keep"]
 _TRANSFER_ENGINES = {"vllm_nccl": "nccl", "vllm_ipc": "ipc"}
 _HEALTH_INTERVAL_S = 1.0
+_ABORT_INTERVAL_S = 0.05
 
 
 @dataclass(frozen=True)
@@ -54,48 +58,61 @@ def engine_environment(kv_cache_gb: float) -> dict[str, str]:
     }
 
 
+_Class = TypeVar("_Class", bound=type)
+
+
+def _raises_our_errors(cls: _Class) -> _Class:
+    """Every public coroutine raises children of SodError only. Those who call may live in an
+    environment without vLLM, where its exceptions cannot be unpickled."""
+    for name, method in list(vars(cls).items()):
+        if inspect.iscoroutinefunction(method) and not name.startswith("_"):
+            setattr(cls, name, _in_our_words(method))
+    return cls
+
+
+def _in_our_words(method: Callable) -> Callable:
+    @functools.wraps(method)
+    async def call(self, *arguments, **named):
+        try:
+            return await method(self, *arguments, **named)
+        except SodError:
+            raise
+        except Exception as error:
+            what = f"{type(error).__name__}: {error}"
+            if self._llm.errored:
+                raise EngineLost(f"vLLM's core is dead: {what}") from error
+            raise RolloutError(f"the engine failed: {what}") from error
+
+    return call
+
+
+@_raises_our_errors
 class Engine:
-    """Wraps AsyncLLM. Methods are coroutines, so a Ray actor of it serves many calls at once."""
+    """Wraps AsyncLLM. Methods are coroutines, so a Ray actor of it serves many calls at once.
+
+    Each raises EngineLost when vLLM's core is dead.
+    """
 
     def __init__(self, options: dict[str, Any]):
         """`options`: model, dtype, max_model_len, tensor_parallel_size, max_num_seqs, load_format,
-        gpu_memory_utilization, seed, transfer_backend, vocab_size (None: the model's own)."""
-        import torch
-        from vllm import AsyncEngineArgs
-        from vllm.config import WeightTransferConfig
-        from vllm.v1.engine.async_llm import AsyncLLM
+        gpu_memory_utilization, seed, transfer_backend, vocab_size (None: the model's own).
 
-        on_gpu = torch.cuda.is_available()
-        tensor_parallel_size = options["tensor_parallel_size"]
-        arguments = AsyncEngineArgs(
-            model=options["model"],
-            skip_tokenizer_init=True,
-            dtype=options["dtype"],
-            max_model_len=options["max_model_len"],
-            max_num_seqs=options["max_num_seqs"],
-            tensor_parallel_size=tensor_parallel_size,
-            distributed_executor_backend="mp" if tensor_parallel_size > 1 else "uni",
-            load_format=options["load_format"],
-            hf_overrides={"vocab_size": size} if (size := options["vocab_size"]) else {},
-            gpu_memory_utilization=options["gpu_memory_utilization"],
-            enforce_eager=not on_gpu,
-            # Seeded requests rewind their generator after a partial prefill, which CPU generators
-            # cannot do: prompts are prefilled whole there.
-            enable_chunked_prefill=on_gpu,
-            max_num_batched_tokens=None if on_gpu else max(8192, options["max_model_len"]),
-            logprobs_mode="processed_logprobs",  # after temperature: what was sampled from
-            weight_transfer_config=WeightTransferConfig(
-                backend=_TRANSFER_ENGINES.get(options["transfer_backend"], "megatron_sod")
-            ),
-            generation_config="vllm",  # nothing from the model's own generation_config.json
-            disable_log_stats=True,
-            seed=options["seed"],
-        )
-        self._llm = AsyncLLM.from_engine_args(arguments)
+        Raises:
+            RolloutError: vLLM does not start with them.
+        """
+        try:
+            from vllm.v1.engine.async_llm import AsyncLLM
+
+            self._llm = AsyncLLM.from_engine_args(_vllm_arguments(options))
+        except Exception as error:
+            raise RolloutError(
+                f"an engine with {options['model']}: vLLM does not start "
+                f"({type(error).__name__}: {error})"
+            ) from error
         self._requests = itertools.count()
         self._interruptible: set[str] = set()
         self._is_interrupting = False
-        self._tensor_parallel_size = tensor_parallel_size
+        self._tensor_parallel_size = options["tensor_parallel_size"]
         self._broken: str | None = None  # why this engine must not serve
 
     async def ready(self) -> bool:
@@ -134,14 +151,16 @@ class Engine:
         return SampledTurn(sampled, logprobs, versions, output.finish_reason == "abort")
 
     async def set_interrupting(self, is_interrupting: bool) -> None:
-        """True: end every turn being sampled and refuse new ones; what there is of a turn is
-        returned, marked as interrupted. False: serve again."""
+        """True: refuse new turns and end those being sampled, which is waited for; what there is
+        of a turn is returned, marked as interrupted. False: serve again."""
         self._is_interrupting = is_interrupting
-        if is_interrupting:
+        # vLLM processes a prompt before it registers the request, and until then ignores an abort.
+        while self._is_interrupting and self._interruptible:
             await self._llm.abort(list(self._interruptible))
+            await asyncio.sleep(_ABORT_INTERVAL_S)
 
     async def lifeline(self) -> None:
-        """Never returns while the engine lives; raises when vLLM's core has died."""
+        """Never returns while vLLM's core lives."""
         while True:
             await self._llm.check_health()
             await asyncio.sleep(_HEALTH_INTERVAL_S)
@@ -223,6 +242,39 @@ class Engine:
 
     async def close(self) -> None:
         self._llm.shutdown()
+
+
+def _vllm_arguments(options: dict[str, Any]):
+    """`options` as Engine's, in vLLM's words."""
+    import torch
+    from vllm import AsyncEngineArgs
+    from vllm.config import WeightTransferConfig
+
+    on_gpu = torch.cuda.is_available()
+    return AsyncEngineArgs(
+        model=options["model"],
+        skip_tokenizer_init=True,
+        dtype=options["dtype"],
+        max_model_len=options["max_model_len"],
+        max_num_seqs=options["max_num_seqs"],
+        tensor_parallel_size=options["tensor_parallel_size"],
+        distributed_executor_backend="mp" if options["tensor_parallel_size"] > 1 else "uni",
+        load_format=options["load_format"],
+        hf_overrides={"vocab_size": size} if (size := options["vocab_size"]) else {},
+        gpu_memory_utilization=options["gpu_memory_utilization"],
+        enforce_eager=not on_gpu,
+        # Seeded requests rewind their generator after a partial prefill, which CPU generators
+        # cannot do: prompts are prefilled whole there.
+        enable_chunked_prefill=on_gpu,
+        max_num_batched_tokens=None if on_gpu else max(8192, options["max_model_len"]),
+        logprobs_mode="processed_logprobs",  # after temperature: what was sampled from
+        weight_transfer_config=WeightTransferConfig(
+            backend=_TRANSFER_ENGINES.get(options["transfer_backend"], "megatron_sod")
+        ),
+        generation_config="vllm",  # nothing from the model's own generation_config.json
+        disable_log_stats=True,
+        seed=options["seed"],
+    )
 
 
 def _policy_versions(spans, sampled: list[int]) -> list[int]:

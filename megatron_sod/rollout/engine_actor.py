@@ -44,7 +44,7 @@ class RayEngine:
             except ray.exceptions.RayActorError as error:
                 raise EngineLost(str(error).strip().splitlines()[0]) from None
             except ray.exceptions.RayTaskError as error:
-                if type(error.cause).__name__ == "EngineDeadError":
+                if isinstance(error.cause, EngineLost):
                     raise EngineLost(str(error.cause)) from None
                 raise
 
