@@ -34,7 +34,21 @@ def load_prompts(
     max_length: int,
     hint_key: str = "hint",
 ) -> list[Prompt]:
-    """Rendered prompts of all sources, in file order; over-long ones are counted and left out.
+    """As `read_prompts`, without the count."""
+    options = dict(prompt_key=prompt_key, answer_key=answer_key, hint_key=hint_key)
+    return read_prompts(sources, chat, max_length=max_length, **options)[0]
+
+
+def read_prompts(
+    sources: list[str],
+    chat: ChatFormat,
+    *,
+    prompt_key: str,
+    answer_key: str,
+    max_length: int,
+    hint_key: str = "hint",
+) -> tuple[list[Prompt], int]:
+    """(rendered prompts of all sources, in file order; how many were over-long and are left out).
 
     Raises:
         DataError: a file is missing, a row is not usable, or nothing is left.
@@ -63,7 +77,7 @@ def load_prompts(
         )
     if num_too_long:
         say(f"data: {num_too_long} prompts longer than {max_length} tokens left out")
-    return prompts
+    return prompts, num_too_long
 
 
 def load_conversations(sources: list[str], *, seed: int) -> Iterator[list[dict]]:

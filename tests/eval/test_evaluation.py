@@ -8,19 +8,17 @@ import math
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from megatron_sod.config.load import load_eval_config
 from megatron_sod.data.tiny_models import STUDENT, write_tiny_model
-from megatron_sod.errors import ConfigError, DataError, ModelError
-from megatron_sod.eval.evaluation import Folder, eval_prompts, evaluate_model, run_samples
-from megatron_sod.eval.protocol import model_fingerprint, protocol, protocol_hash
-from megatron_sod.types import Step, Trajectory
+from megatron_sod.errors import ConfigError, DataError, ModelError, SandboxError
+from megatron_sod.eval.evaluation import _check_level, evaluate_model
+from megatron_sod.eval.protocol import model_fingerprint
 from tests.helpers.launch import ROOT
-from tests.helpers.tokenizers import tiny_tokenizer
+from tests.helpers.scripted_samples import Sampler, eval_config, evaluate
 
 
 @pytest.fixture(scope="module")
@@ -30,59 +28,11 @@ def model(tmp_path_factory) -> str:
     return str(folder)
 
 
-def _config(model, *overrides):
-    return load_eval_config(
-        None, ["data.tools_in_prompt=false", *overrides], model=model,
-        data=["tiny_world:heldout:5"], num_samples=3,
-    )  # fmt: skip
-
-
-class Sampler:
-    """Answers every prompt rightly in its first sample and with 0 in the others."""
-
-    def __init__(self, fail_after: int | None = None):
-        self.asked: list[tuple[str, str]] = []
-        self._fail_after = fail_after
-
-    def __call__(self, prompts, tag, num_samples):
-        found = []
-        for prompt in prompts:
-            if self._fail_after is not None and len(self.asked) == self._fail_after:
-                raise KeyboardInterrupt
-            self.asked.append((tag, prompt.prompt_id))
-            for number in range(num_samples):
-                text = prompt.answer if number == 0 else "0"
-                found.append(_answered(prompt, tag, number, text))
-        return found
-
-
-def _answered(prompt, tag, number, text) -> Trajectory:
-    ids = tiny_tokenizer()(f"\\boxed{{{text}}}<|im_end|>")["input_ids"]
-    return Trajectory(
-        trajectory_id=f"{prompt.prompt_id}/{tag}/{number}",
-        prompt_id=prompt.prompt_id,
-        prompt_token_ids=prompt.token_ids,
-        response_token_ids=ids,
-        loss_mask=[True] * len(ids),
-        step_ids=[1] * len(ids),
-        rollout_logprobs=[0.0] * len(ids),
-        policy_versions=[0] * len(ids),
-        steps=(Step(1, "none", len(ids)),),
-        finish_reason="answer",
-        reward=float(text == prompt.answer),
-        policy_version=0,
-    )
-
-
-def _run(config, out, sampler):
-    folder = Folder(out, config, eval_prompts(config))
-    run_samples(folder, folder.todo(), sampler)
-    return folder.finish()
-
-
 def test_every_prompt_is_sampled_for_every_seed_and_reported(model, tmp_path):
     sampler = Sampler()
-    report = _run(_config(model, "eval.seeds=[0,7]", "eval.prompts_per_round=2"), tmp_path, sampler)
+    report = evaluate(
+        eval_config(model, "eval.seeds=[0,7]", "eval.prompts_per_round=2"), tmp_path, sampler
+    )
     assert len(sampler.asked) == 10 == len(set(sampler.asked))
     assert {tag for tag, _ in sampler.asked} == {"eval-seed0", "eval-seed7"}
     overall = report["overall"]
@@ -97,19 +47,19 @@ def test_every_prompt_is_sampled_for_every_seed_and_reported(model, tmp_path):
 
 
 def test_an_evaluation_that_was_killed_goes_on_where_it_stood(model, tmp_path):
-    config = _config(model, "eval.prompts_per_round=1")
+    config = eval_config(model, "eval.prompts_per_round=1")
     with pytest.raises(KeyboardInterrupt):
-        _run(config, tmp_path, Sampler(fail_after=2))
+        evaluate(config, tmp_path, Sampler(fail_after=2))
     samples = tmp_path / "samples.jsonl"
     whole = samples.read_text()
     # the kill came in the middle of the second prompt's lines
     samples.write_text("".join(whole.splitlines(keepends=True)[:5])[:-20])
     second = Sampler()
-    report = _run(config, tmp_path, second)
+    report = evaluate(config, tmp_path, second)
     assert len(second.asked) == 4  # all but the first
     assert report["overall"]["num_graded"] == 15
     third = Sampler()
-    again = _run(config, tmp_path, third)
+    again = evaluate(config, tmp_path, third)
     assert third.asked == [] and again["overall"] == report["overall"]
 
 
@@ -118,18 +68,18 @@ def test_an_evaluation_that_was_killed_goes_on_where_it_stood(model, tmp_path):
     ["eval.temperature=0.7", "rollout.max_turns=3", "sandbox.timeout_s=7", "eval.limit=4"],
 )
 def test_a_folder_of_another_protocol_is_refused(model, tmp_path, override):
-    _run(_config(model), tmp_path, Sampler())
+    evaluate(eval_config(model), tmp_path, Sampler())
     with pytest.raises(DataError, match="samples of protocol_hash"):
-        _run(_config(model, override), tmp_path, Sampler())
+        evaluate(eval_config(model, override), tmp_path, Sampler())
 
 
 def test_a_folder_of_another_model_is_refused(model, tmp_path):
-    _run(_config(model), tmp_path / "out", Sampler())
+    evaluate(eval_config(model), tmp_path / "out", Sampler())
     other = tmp_path / "other"
     write_tiny_model(other, **{**STUDENT, "num_hidden_layers": 3})
     assert model_fingerprint(other) != model_fingerprint(model)
     with pytest.raises(DataError, match="samples of model_fingerprint"):
-        _run(_config(str(other)), tmp_path / "out", Sampler())
+        evaluate(eval_config(str(other)), tmp_path / "out", Sampler())
 
 
 def test_a_megatron_checkpoint_is_refused_with_the_way_out(tmp_path):
@@ -137,22 +87,13 @@ def test_a_megatron_checkpoint_is_refused_with_the_way_out(tmp_path):
     for name in ("metadata.json", ".metadata"):  # what marks one
         (checkpoint / name).touch()
     with pytest.raises(ModelError, match="convert it with tools/convert_megatron_to_hf.py"):
-        evaluate_model(_config(str(checkpoint)), tmp_path / "out")
+        evaluate_model(eval_config(str(checkpoint)), tmp_path / "out")
 
 
-def test_the_protocol_does_not_depend_on_the_model_or_on_where_files_lie(model, tmp_path):
-    copies = []
-    for name in ("a", "b"):
-        path = tmp_path / name / "tasks.jsonl"
-        path.parent.mkdir()
-        path.write_text('{"prompt": "1+1", "answer": "2"}\n')
-        config = load_eval_config(None, [], model=model, data=[str(path)])
-        copies.append(protocol_hash(protocol(config, eval_prompts(config))))
-    assert copies[0] == copies[1]
-    prompts = eval_prompts(_config(model))
-    changed = [replace(prompts[0], answer="x"), *prompts[1:]]
-    config = _config(model)
-    assert protocol_hash(protocol(config, changed)) != protocol_hash(protocol(config, prompts))
+def test_workers_isolated_otherwise_than_the_protocol_says_are_refused():
+    with pytest.raises(SandboxError, match="level L1, the protocol L3.*set sandbox.level=L1"):
+        _check_level("L1", "L3")
+    _check_level("L3", "L3")
 
 
 def test_defaults_are_the_papers_sampling(model):
