@@ -51,7 +51,8 @@ class Trajectory:
     rollout_logprobs: list[float]  # [S] engine logprob after temperature, 0.0 where mask is False
     policy_versions: list[int]  # [S] version of the engine's weights, -1 where mask is False
     steps: tuple[Step, ...]
-    # answer | max_turns | max_length | time_limit | infra_error; interrupted: to be continued
+    # answer | max_turns | max_length | unanswered_call (the text was ended after a tool call)
+    # | time_limit | infra_error; interrupted: to be continued
     finish_reason: str
     reward: float  # 1.0 right, 0.0 wrong; NaN when not graded
     policy_version: int  # the newest version that wrote a token

@@ -36,6 +36,9 @@ def rollout_metrics(
         "rollout/infra_error_rate": 1 - len(valid) / max(len(trajectories), 1),
         "rollout/time_limit_rate": _mean([t.finish_reason == "time_limit" for t in trajectories]),
         "rollout/truncated_rate": _mean([t.finish_reason == "max_length" for t in valid]),
+        "rollout/unanswered_call_rate": _mean(
+            [t.finish_reason == "unanswered_call" for t in valid]
+        ),
         "rollout/mixed_version_share": _mean([t.is_mixed_version for t in valid]),
         "rollout/zero_var_group_frac": zero_variance_fraction(
             [t.reward for t in trajectories],

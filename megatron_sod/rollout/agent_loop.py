@@ -152,7 +152,7 @@ class AgentLoop:
         if not calls:
             return "answer"
         if turn[-1] != self._chat.end_of_turn_id:
-            return "answer"  # the student ended the text instead of its turn
+            return "unanswered_call"  # it ended the text instead of its turn: nothing may follow
         if builder.num_turns >= limits.max_turns:
             return "max_turns"
         with waits.on("tools_s"):

@@ -10,6 +10,7 @@ import pytest
 
 from megatron_sod.data.tiny_world import tool_call_text
 from megatron_sod.errors import RolloutError
+from megatron_sod.observe.metrics import rollout_metrics
 from megatron_sod.rollout.agent_loop import NOT_EXECUTED
 from megatron_sod.types import Step
 from tests.helpers.fakes import Result
@@ -107,9 +108,23 @@ def test_an_observation_that_would_leave_no_room_ends_the_trajectory():
     assert len(more.trajectory.steps) == 2  # one token of a second turn fits
 
 
-def test_ending_the_text_instead_of_the_turn_is_an_answer_and_runs_nothing():
-    run = Run([tool_call_text("print(1)") + "<|endoftext|>"])
-    assert run.trajectory.finish_reason == "answer" and run.sandbox.programs == []
+@pytest.mark.parametrize("before", ["", "\\boxed{2} "])
+@pytest.mark.parametrize("asked", [tool_call_text("print(1)"), "<tool_call>\n{oops\n</tool_call>"])
+def test_a_call_whose_text_is_ended_gets_no_answer_and_is_none(before, asked):
+    """Nothing can follow the end of the text; what was sampled stays as it is."""
+    run = Run([f"{before}{asked}<|endoftext|>", ANSWER])
+    t = run.trajectory
+    assert t.finish_reason == "unanswered_call" and (t.reward, t.is_valid) == (0.0, True)
+    assert t.response_token_ids == run.turns[0] and all(t.loss_mask)
+    assert run.grader.texts == [] and run.sandbox.programs == []
+    metrics = rollout_metrics([t, t, Run([ANSWER]).trajectory, Run([ANSWER]).trajectory])
+    assert metrics["rollout/unanswered_call_rate"] == 0.5
+
+
+def test_ending_the_text_without_a_call_is_an_answer():
+    run = Run(["so \\boxed{2}<|endoftext|>"])
+    assert (run.trajectory.finish_reason, run.trajectory.reward) == ("answer", 1.0)
+    assert run.grader.texts == ["so \\boxed{2}"]
 
 
 def test_an_engine_that_samples_nothing_ends_an_empty_trajectory():
