@@ -13,12 +13,14 @@ from megatron_sod.rollout.answers import (
     last_boxed,
     normalised,
     reference_answer,
-    split_unit,
+    same_symbols,
     splits_a_number,
+    without_periods,
 )
 from megatron_sod.rollout.code_tests import CodeGrader, is_code_task
 from megatron_sod.rollout.math_check import MathChecker
 from megatron_sod.rollout.reference_rewards import grade_reference
+from megatron_sod.rollout.units import measured
 from megatron_sod.types import Prompt
 
 Grader = Callable[[Prompt, str], float]
@@ -27,6 +29,8 @@ _COMMAND = re.compile(r"\\[A-Za-z]+")  # \text, \mathrm
 _LABEL = re.compile(
     r"(?:the )?(?:(?:final|correct) )?(?:answer|option|choice)(?: is)?\b[\s:]*", re.I
 )
+_LABELLED = re.compile(r"\(?([A-Ja-j])(?:\)|\.|:)+\s*(\S.*)", re.S)
+_OTHER_LABEL = re.compile(r"\b(?:[A-Jb-j]|a(?! [a-z]))\b")
 _MATH = MathChecker()
 
 
@@ -87,27 +91,43 @@ def grade_exact(prompt: Prompt, text: str) -> float:
 def grade_math(prompt: Prompt, text: str) -> float:
     """1 when the boxed answer is mathematically the reference answer."""
     boxed = last_boxed(text)
-    if boxed is None:
-        return 0.0
-    reference = reference_answer(prompt.answer)
-    if normalised(boxed) == normalised(reference):
-        return 1.0
-    given, given_unit = split_unit(boxed)
-    wanted, wanted_unit = split_unit(reference)
-    if given_unit and wanted_unit and given_unit != wanted_unit:
-        return 0.0  # 5 cm is not 5 m
-    if splits_a_number(given) != splits_a_number(wanted):
-        return 0.0  # math-verify reads "3 3" as 33
-    if given_unit or wanted_unit:
-        boxed, reference = given, wanted
-    return float(normalised(boxed) == normalised(reference) or _MATH.equal(reference, boxed))
+    return float(boxed is not None and same_answer(reference_answer(prompt.answer), boxed))
+
+
+def same_answer(reference: str, given: str) -> bool:
+    """Whether two answers of a mathematical task are the same."""
+    if normalised(given) == normalised(reference):
+        return True
+    by_symbols = same_symbols(reference, given)
+    if by_symbols is not None:
+        return by_symbols
+    mine, wanted = measured(given), measured(reference)
+    if mine.differs(wanted):
+        return False
+    if splits_a_number(mine.value) != splits_a_number(wanted.value):
+        return False  # math-verify reads "3 3" as 33
+    # Bare letters are taken off only where the other answer has the same unit.
+    if (mine.unit and wanted.unit) or not (mine.letters or wanted.letters):
+        given, reference = mine.value, wanted.value
+    if normalised(given) == normalised(reference):
+        return True
+    return _MATH.equal(without_periods(reference), without_periods(given))
 
 
 def grade_choice(prompt: Prompt, text: str) -> float:
     """1 when the boxed letter is the reference letter."""
-    plain = _LABEL.sub("", re.sub(r"[{}]", "", _COMMAND.sub("", last_boxed(text) or "")))
+    letter = choice_letter(last_boxed(text) or "")
+    return float(letter != "" and letter == prompt.answer.strip().upper())
+
+
+def choice_letter(boxed: str) -> str:
+    r"""B of "(b)", "\text{Option B}" and "B) Acetone"; "" when it is not one letter."""
+    plain = _LABEL.sub("", re.sub(r"[{}]", "", _COMMAND.sub("", boxed)))
     letters = re.findall(r"[A-Za-z]", plain)
-    return float(len(letters) == 1 and letters[0].upper() == prompt.answer.strip().upper())
+    if len(letters) == 1:
+        return letters[0].upper()
+    match = _LABELLED.fullmatch(plain.strip())
+    return match[1].upper() if match and not _OTHER_LABEL.search(match[2]) else ""
 
 
 def grade_auto(prompt: Prompt, text: str) -> float:

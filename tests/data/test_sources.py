@@ -37,10 +37,7 @@ ROWS = [
 
 def _check(prompts, chat, source):
     assert [p.answer for p in prompts] == ["4", "9"]
-    assert [p.data_source for p in prompts] == [
-        "gsm8k",
-        "p",
-    ]  # the file's name where a row has none
+    assert [p.data_source for p in prompts] == ["gsm8k", "p"]  # its own, or its file's
     assert [p.prompt_id for p in prompts] == [f"{source}:0", f"{source}:1"]
     assert prompts[0].messages == [{"role": "user", "content": "What is 2+2?"}]
     for prompt in prompts:
