@@ -9,6 +9,8 @@ import pytest
 
 from megatron_sod.data.tiny_models import STUDENT, write_tiny_model
 from megatron_sod.errors import RolloutError
+from megatron_sod.eval.folder import Folder
+from megatron_sod.eval.tasks import eval_tasks
 from tests.helpers.scripted_samples import NUM_SAMPLES, Sampler, eval_config, evaluate
 
 ALL_LOST = {(prompt, n): "infra_error" for prompt in range(5) for n in range(NUM_SAMPLES)}
@@ -100,3 +102,4 @@ def test_records_of_other_prompts_are_not_counted(model, tmp_path):
     with (tmp_path / "samples.jsonl").open("a") as file:
         file.write(json.dumps(stranger) + "\n")
     assert evaluate(config, tmp_path, Sampler())["overall"] == report["overall"]
+    assert Folder(tmp_path, config, eval_tasks(config)).num_graded == 15

@@ -55,6 +55,14 @@ def test_samples_of_one_prompt_are_not_independent():
     assert result.interval == fewer.interval
 
 
+def test_prompts_solved_half_the_time_spread_less_than_prompts_solved_or_not():
+    """30 prompts solved in 1 of 4 samples, 30 in 3: standard error 0.25 / sqrt(60) = 0.032."""
+    means = [[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 0.0]] * 30
+    low, high = _summary(_of_prompts(*means), num_prompts=60).interval
+    assert low == pytest.approx(0.5 - 0.063, abs=0.01)
+    assert high == pytest.approx(0.5 + 0.063, abs=0.01)
+
+
 def test_every_prompt_counts_the_same_whatever_was_lost_of_it():
     trajectories = _of_prompts([1.0, 1.0, 1.0], [0.0, 0.0, 0.0])
     lost = {"finish_reason": "infra_error", "reward": float("nan")}
