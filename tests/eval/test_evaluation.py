@@ -9,13 +9,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from megatron_sod.config.load import load_eval_config
 from megatron_sod.data.tiny_models import STUDENT, write_tiny_model
 from megatron_sod.errors import ConfigError, DataError, ModelError, SandboxError
-from megatron_sod.eval.evaluation import _check_level, evaluate_model
+from megatron_sod.eval.evaluation import evaluate_model
 from megatron_sod.eval.protocol import model_fingerprint
 from tests.helpers.launch import ROOT
 from tests.helpers.scripted_samples import Sampler, eval_config, evaluate
@@ -90,10 +91,46 @@ def test_a_megatron_checkpoint_is_refused_with_the_way_out(tmp_path):
         evaluate_model(eval_config(str(checkpoint)), tmp_path / "out")
 
 
-def test_workers_isolated_otherwise_than_the_protocol_says_are_refused():
-    with pytest.raises(SandboxError, match="level L1, the protocol L3.*set sandbox.level=L1"):
-        _check_level("L1", "L3")
-    _check_level("L3", "L3")
+class ScriptedController:
+    """Stands in for engines and workers, whose sandbox has `level`."""
+
+    def __init__(self, level: str):
+        self.fleet = SimpleNamespace(sandbox_level=level)
+        self.sampler, self.is_closed = Sampler(), False
+
+    def wait_until_ready(self, what):
+        pass
+
+    def rollout(self, prompts, *, tag, num_generations, temperature, top_p):
+        assert (temperature, top_p) == (1.0, 0.6)
+        return self.sampler(prompts, tag, num_generations)
+
+    def close(self):
+        self.is_closed = True
+
+
+@pytest.fixture
+def controller(monkeypatch):
+    module = pytest.importorskip("megatron_sod.rollout.controller", reason="needs ray")
+    scripted = ScriptedController("L3")
+    monkeypatch.setattr(module, "RolloutController", lambda *_, **__: scripted)
+    return scripted
+
+
+def test_engines_are_started_for_what_is_missing_only(model, tmp_path, controller):
+    config = eval_config(model, "sandbox.level=L3", "observe.loggers=[]")
+    report = evaluate_model(config, tmp_path)
+    assert len(controller.sampler.asked) == 5 and controller.is_closed
+    controller.is_closed = False
+    assert evaluate_model(config, tmp_path)["overall"] == report["overall"]
+    assert len(controller.sampler.asked) == 5 and not controller.is_closed
+
+
+def test_workers_isolated_otherwise_than_the_protocol_says_are_refused(model, tmp_path, controller):
+    config = eval_config(model, "sandbox.level=L2", "observe.loggers=[]")
+    with pytest.raises(SandboxError, match="level L3, the protocol L2.*set sandbox.level=L3"):
+        evaluate_model(config, tmp_path)
+    assert controller.sampler.asked == [] and controller.is_closed
 
 
 def test_defaults_are_the_papers_sampling(model):
