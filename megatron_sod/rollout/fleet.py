@@ -16,7 +16,7 @@ from megatron_sod.observe.progress import say
 from megatron_sod.rollout.engine import EngineWeights
 from megatron_sod.rollout.engine_actor import RayEngine, engine_options, start_engine
 from megatron_sod.rollout.pulse import Pulse
-from megatron_sod.rollout.ray_instance import CALLS_AT_ONCE, get, log_folder
+from megatron_sod.rollout.ray_instance import CALLS_AT_ONCE, ActorLost, get, log_folder
 from megatron_sod.rollout.worker import RolloutWorker
 
 
@@ -38,10 +38,12 @@ class Fleet:
         rollout = config.rollout
         self.weights: EngineWeights | None = None  # what the engines hold; None: from disk
         self.counts: Counter[str] = Counter()
-        self.sandbox_level = ""  # "L3", or "service"; known once the workers are ready
+        # Of the least isolated worker: "L3", or "service"; known once the workers are ready.
+        self.sandbox_level = ""
         self._num_restarts, self._is_closing = 0, False
         self._lifelines: dict[Any, tuple[str, int]] = {}
         self._joining: dict[Any, int] = {}
+        self._arriving: dict[Any, int] = {}  # workers started again, level not known yet
         self._pulse = Pulse(
             self._sign_of_life,
             lambda reply: bool(ray.wait([reply], timeout=0)[0]),
@@ -58,14 +60,13 @@ class Fleet:
             RolloutError: one failed to start, or not within rollout.engine.start_timeout_s.
         """
         started = time.monotonic()
-        levels = [worker.ready.remote() for worker in self.workers]
-        pending = [engine.ready.remote() for engine in self.engines]
+        replies = [actor.ready.remote() for actor in (*self.workers, *self.engines)]
         timeout_s = self._config.rollout.engine.start_timeout_s
-        get([*pending, *levels], timeout_s, f"{what} start")
-        self.sandbox_level = str(ray.get(levels[0]))
+        levels = get(replies, timeout_s, f"{what} start")[: len(self.workers)]
+        self.sandbox_level = min(levels)
         say(
             f"{what}: {len(self.engines)} engine(s) ready after {time.monotonic() - started:.0f} s,"
-            f" sandbox level {self.sandbox_level}"
+            f" sandbox level {_by_level(levels)}"
         )
 
     def begin_rollout(self) -> None:
@@ -80,18 +81,21 @@ class Fleet:
     @property
     def events(self) -> list[Any]:
         """References that become ready when something has to be done; see `handle`."""
-        return [*self._lifelines, *self._joining]
+        return [*self._lifelines, *self._joining, *self._arriving]
 
     def handle(self, event: Any) -> None:
         """An actor died, or the one that replaces it is ready.
 
         Raises:
-            RolloutError: more died than rollout.max_restarts.
+            RolloutError: more died than rollout.max_restarts; a worker's replacement isolates
+                programs less than any worker did.
         """
         if self._is_closing:
             raise RolloutError("the run is ending; its rollout was given up")
         if event in self._joining:
             self._joined(event)
+        elif event in self._arriving:
+            self._arrived(event)
         elif event in self._lifelines:
             self._replace(self._lifelines[event], f"died ({_reason(event)})")
 
@@ -114,7 +118,8 @@ class Fleet:
             self.counts[f"{kind}_hangs"] += 1
             self._replace((kind, index), f"hangs: no sign of life for {silence_s:.0f} s")
         pause_s = min(timeout_s, self._pulse.interval_s)
-        ready, _ = ray.wait([*calls, *self.events], num_returns=1, timeout=pause_s)
+        # Events first: nothing a new worker made is taken before its sandbox is known.
+        ready, _ = ray.wait([*self.events, *calls], num_returns=1, timeout=pause_s)
         return ready[0] if ready else None
 
     def heal(self, patience_s: float = 0.0) -> bool:
@@ -146,6 +151,8 @@ class Fleet:
         if kind == "worker":
             ray.kill(self.workers[index])
             self.workers[index] = self._new_worker(index)
+            self._arriving = {event: i for event, i in self._arriving.items() if i != index}
+            self._arriving[self.workers[index].ready.remote()] = index
             return
         self._joining = {event: i for event, i in self._joining.items() if i != index}
         ray.kill(self.engines[index])
@@ -169,6 +176,17 @@ class Fleet:
         say(f"engine {index} serves again")
         for worker in self.workers:
             worker.replace_engine.remote(index, RayEngine(self.engines[index]))
+
+    def _arrived(self, event: Any) -> None:
+        index = self._arriving.pop(event)
+        with contextlib.suppress(ActorLost):  # its lifeline tells, and it is replaced
+            level = get(event, 0, f"worker {index}, started again,")
+            if level < self.sandbox_level:
+                raise RolloutError(
+                    f"worker {index}, started again, isolates programs at level {level}, the "
+                    f"weakest before at {self.sandbox_level}; start Ray only on machines that "
+                    "reach it, or set sandbox.level to the level every machine reaches"
+                )
 
     def _check_weights(self, index: int, logprobs: list[list[float]]) -> None:
         expected = self.weights.canary_logprobs if self.weights else []
@@ -219,6 +237,14 @@ class Fleet:
                 ray.get(actor.close.remote(), timeout=patience_s)
         for actor in (*self.workers, *self.engines):
             ray.kill(actor)
+
+
+def _by_level(levels: list[str]) -> str:
+    """ "L3", or "L1 (worker 1), L3 (worker 0, 2)", the weakest first."""
+    if len(set(levels)) == 1:
+        return levels[0]
+    numbers = {name: [str(i) for i, n in enumerate(levels) if n == name] for name in levels}
+    return ", ".join(f"{name} (worker {', '.join(numbers[name])})" for name in sorted(numbers))
 
 
 def _reason(event: Any) -> str:

@@ -10,12 +10,15 @@ from typing import Any
 
 import ray
 
+from megatron_sod.rollout.ray_instance import ActorLost
+
 
 @dataclass(eq=False)
 class FakeActor:
     kind: str  # Engine, RolloutWorker
     arguments: tuple
     state: str = "serving"  # starting | serving | silent | dead
+    level: str = "L3"  # of a worker's sandbox
     join_error: Exception | None = None
     join_result: list = field(default_factory=list)
     calls: list[tuple[str, tuple]] = field(default_factory=list)
@@ -73,7 +76,15 @@ class FakeRay:
             raise self.exceptions.RayActorError()
         if reply.name == "join" and reply.actor.join_error is not None:
             raise reply.actor.join_error
-        return reply.actor.join_result
+        is_workers = reply.actor.kind == "RolloutWorker"
+        return reply.actor.level if is_workers else reply.actor.join_result
+
+    def answers(self, replies: Reply | list[Reply], timeout_s: float, what: str) -> Any:
+        """As ray_instance.get."""
+        try:
+            return self.get(replies)
+        except self.exceptions.RayActorError as error:
+            raise ActorLost(what) from error
 
     def kill(self, actor: FakeActor) -> None:
         actor.state = "dead"

@@ -34,7 +34,7 @@ def fake_ray(monkeypatch):
     monkeypatch.setattr(fleet_module, "ray", fake)
     monkeypatch.setattr(engine_actor, "ray", fake)
     monkeypatch.setattr(fleet_module, "time", SimpleNamespace(monotonic=lambda: fake.now))
-    monkeypatch.setattr(fleet_module, "get", fake.get)
+    monkeypatch.setattr(fleet_module, "get", fake.answers)
     monkeypatch.setattr(
         fleet_module, "Pulse", lambda *args, **more: Pulse(*args, **more, clock=lambda: fake.now)
     )
@@ -110,6 +110,57 @@ def test_a_silent_worker_is_replaced(fleet, fake_ray):
     assert fleet.counts == {"worker_hangs": 1, "worker_restarts": 1}
 
 
+def test_the_weakest_sandbox_of_all_workers_is_reported(fleet, fake_ray, capfd):
+    fleet.workers[1].level = "L1"
+    fleet.wait_until_ready("student engines")
+    assert fleet.sandbox_level == "L1"
+    assert "sandbox level L1 (worker 1), L3 (worker 0)" in capfd.readouterr().err
+
+
+def test_one_level_is_reported_once(fleet, fake_ray, capfd):
+    fleet.wait_until_ready("student engines")
+    assert fleet.sandbox_level == "L3"
+    assert capfd.readouterr().err.strip().endswith("sandbox level L3")
+
+
+@pytest.mark.parametrize(("before", "after"), [("L3", "L2"), ("L2", "L1")])
+def test_a_replacement_with_a_weaker_sandbox_ends_the_run(fleet, fake_ray, before, after):
+    for worker in fleet.workers:
+        worker.level = before
+    fleet.wait_until_ready("student engines")
+    fake_ray.on_start = lambda actor: setattr(actor, "level", after)
+    fleet.workers[1].state = "dead"
+    with pytest.raises(RolloutError, match=f"worker 1, .* level {after}, .* {before}"):
+        _watch(fleet, fake_ray, 5)
+
+
+def test_the_level_of_a_replacement_is_known_before_what_it_made_is_taken(fleet, fake_ray):
+    fleet.wait_until_ready("student engines")
+    fake_ray.on_start = lambda actor: setattr(actor, "level", "L1")
+    fleet.workers[1].state = "dead"
+    fleet.handle(fleet.wait([], 1.0))
+    made = fleet.workers[1].run_group.remote()
+    assert made.is_ready
+    with pytest.raises(RolloutError, match="level L1"):
+        fleet.handle(fleet.wait([made], 1.0))
+
+
+def test_a_replacement_as_isolated_as_before_works_on(fleet, fake_ray):
+    fleet.wait_until_ready("student engines")
+    fleet.workers[1].state = "dead"
+    _watch(fleet, fake_ray, 5)
+    assert fleet.counts == {"worker_restarts": 1}
+
+
+def test_a_replacement_that_dies_before_its_level_is_known_is_replaced(fleet, fake_ray):
+    fleet.wait_until_ready("student engines")
+    ill = ["dead"]
+    fake_ray.on_start = lambda actor: setattr(actor, "state", ill.pop() if ill else "serving")
+    fleet.workers[1].state = "dead"
+    _watch(fleet, fake_ray, 5)
+    assert fleet.counts == {"worker_restarts": 2} and fleet.workers[1].state == "serving"
+
+
 def test_a_worker_that_starts_while_an_engine_joins_does_not_sample_from_it(fleet, fake_ray):
     """The joining engine holds random weights until the transfer: what it says is not the
     student's."""
@@ -175,7 +226,7 @@ def test_a_transfer_waits_for_an_engine_that_still_joins(fake_ray, monkeypatch):
     """It died in a rollout that the other engine finished alone; two transfers at a time would
     leave it with either's weights."""
     monkeypatch.setattr(controller_module, "start_ray", lambda: None)
-    monkeypatch.setattr(controller_module, "get", fake_ray.get)
+    monkeypatch.setattr(controller_module, "get", fake_ray.answers)
     config = _config()
     controller = RolloutController(config, config.student, load_weights=False)
     fleet, control = controller.fleet, controller.engine_control()
