@@ -77,6 +77,7 @@ def log(session: Session, metrics: dict[str, float]) -> None:
             {
                 "iteration": progress.iteration,
                 **metrics,
+                **_incidents(session),
                 "rollout/epoch": float(drawn_before // len(session.prompts)),
                 "perf/throughput": metrics["rollout/total_tokens"] / seconds,
             }
@@ -84,3 +85,12 @@ def log(session: Session, metrics: dict[str, float]) -> None:
         session.run_dir.append("metrics.jsonl", row)
         for logger in session.loggers:
             logger.log(session.progress.iteration, row)
+
+
+def _incidents(session: Session) -> dict[str, float]:
+    """What was restarted, retried or given up since the row before, in evaluations and transfers
+    too; nothing in a replay."""
+    if session.controller is None:
+        return {}
+    counts = session.controller.take_counts()
+    return {f"rollout/{name}": float(number) for name, number in counts.items()}

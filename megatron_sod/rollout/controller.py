@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -37,6 +38,7 @@ class RolloutController:
         load_weights: bool,
         vocab_size: int | None = None,
         machines: Sequence[str] = (),
+        counts: Counter[str] | None = None,
     ):
         """Begins to start everything and returns; `wait_until_ready` blocks.
 
@@ -46,6 +48,7 @@ class RolloutController:
             vocab_size: ids the engines know, so that no other is sampled; None: the model's own.
                 Needs `load_weights` False.
             machines: the host of each machine of the job; none: all engines are on this one.
+            counts: where incidents are counted, another controller's; None: one of its own.
         """
         start_ray()
         self._config = config
@@ -53,6 +56,7 @@ class RolloutController:
             config, model, load_weights=load_weights, vocab_size=vocab_size, machines=machines
         )
         self._vocab_size, self._is_ready = vocab_size, False
+        self.counts: Counter[str] = Counter() if counts is None else counts
         rollout = config.rollout
         self._max_in_flight = rollout.max_in_flight or (
             2 * rollout.engine.max_num_seqs * rollout.engine.num_engines
@@ -68,6 +72,13 @@ class RolloutController:
         """The isolation level as a number, 3 for L3; nothing for a SandboxFusion service."""
         level = self.fleet.sandbox_level
         return {"sandbox/level": float(level[1:])} if level[:1] == "L" else {}
+
+    def take_counts(self) -> Counter[str]:
+        """Incidents since they were last taken, of rollouts, evaluations and transfers alike."""
+        self.counts.update(self.fleet.take_counts())
+        taken = Counter(self.counts)
+        self.counts.clear()
+        return taken
 
     def rollout(
         self,
@@ -91,7 +102,8 @@ class RolloutController:
         what: str,
         num_needed: int | None = None,
     ) -> RolloutResult:
-        """Run groups until all, or `num_needed` of them, are complete.
+        """Run groups until all, or `num_needed` of them, are complete; see `take_counts` for what
+        happened on the way.
 
         Raises:
             RolloutError: not within rollout.timeout_s; more than rollout.max_restarts processes
@@ -117,8 +129,9 @@ class RolloutController:
             self._set_stopping(False)
         board.counts += self.fleet.take_counts()
         _tell(what, board)
-        result = board.result()
-        return replace(result, wall_s=time.monotonic() - started)
+        # Counted here and not in the result, which may be an evaluation's, or be discarded.
+        self.counts.update(board.counts)
+        return replace(board.result(), counts=Counter(), wall_s=time.monotonic() - started)
 
     def _wait(
         self, running: dict[Any, tuple[int, Any]], board: GroupBoard, deadline: float, what: str

@@ -33,7 +33,10 @@ def start_engines(
         return student, None
     if torch.cuda.is_available():
         student.wait_until_ready(STUDENT)  # both use the same GPUs
-    return student, RolloutController(config, config.teacher, load_weights=True, machines=machines)
+    teacher = RolloutController(
+        config, config.teacher, load_weights=True, machines=machines, counts=student.counts
+    )
+    return student, teacher
 
 
 def wait_before_models(

@@ -21,6 +21,7 @@ class FakeActor:
     level: str = "L3"  # of a worker's sandbox
     join_error: Exception | None = None
     join_result: list = field(default_factory=list)
+    group_result: Any = None
     calls: list[tuple[str, tuple]] = field(default_factory=list)
 
     def __getattr__(self, name: str):
@@ -76,8 +77,9 @@ class FakeRay:
             raise self.exceptions.RayActorError()
         if reply.name == "join" and reply.actor.join_error is not None:
             raise reply.actor.join_error
-        is_workers = reply.actor.kind == "RolloutWorker"
-        return reply.actor.level if is_workers else reply.actor.join_result
+        if reply.actor.kind == "RolloutWorker":
+            return reply.actor.group_result if reply.name == "run_group" else reply.actor.level
+        return reply.actor.join_result
 
     def answers(self, replies: Reply | list[Reply], timeout_s: float, what: str) -> Any:
         """As ray_instance.get."""

@@ -10,6 +10,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import ray
@@ -113,8 +114,10 @@ def load_all_prompts(config: SodConfig, chat) -> list[Prompt]:
 
 
 def roll_out(controller, prompts, sampling=SAMPLING, **options) -> RolloutResult:
+    """With the incidents since the last one."""
     groups = [GroupRequest(prompt, "1", GROUP) for prompt in prompts]
-    return controller.run(groups, sampling, what="test rollout", **options)
+    result = controller.run(groups, sampling, what="test rollout", **options)
+    return replace(result, counts=controller.take_counts())
 
 
 def roll_out_disturbed(

@@ -6,6 +6,7 @@ test_controller.py, test_lost_actors.py.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -20,7 +21,10 @@ from megatron_sod.rollout import fleet as fleet_module  # noqa: E402
 from megatron_sod.rollout.controller import RolloutController  # noqa: E402
 from megatron_sod.rollout.engine import EngineWeights  # noqa: E402
 from megatron_sod.rollout.fleet import Fleet  # noqa: E402
+from megatron_sod.rollout.groups import GroupRequest, GroupResult  # noqa: E402
 from megatron_sod.rollout.pulse import Pulse  # noqa: E402
+from megatron_sod.rollout.worker import GroupSampling  # noqa: E402
+from megatron_sod.types import Prompt  # noqa: E402
 from tests.helpers.fake_ray import FakeRay  # noqa: E402
 from tests.helpers.tiny import sod_config  # noqa: E402
 
@@ -222,13 +226,17 @@ def test_a_new_rollout_has_a_new_budget_of_restarts(fleet, fake_ray):
         assert not fleet.take_counts(), "counted once"
 
 
-def test_a_transfer_waits_for_an_engine_that_still_joins(fake_ray, monkeypatch):
-    """It died in a rollout that the other engine finished alone; two transfers at a time would
-    leave it with either's weights."""
+@pytest.fixture
+def controller(fake_ray, monkeypatch):
     monkeypatch.setattr(controller_module, "start_ray", lambda: None)
     monkeypatch.setattr(controller_module, "get", fake_ray.answers)
     config = _config()
-    controller = RolloutController(config, config.student, load_weights=False)
+    return RolloutController(config, config.student, load_weights=False)
+
+
+def test_a_transfer_waits_for_an_engine_that_still_joins(controller, fake_ray):
+    """It died in a rollout that the other engine finished alone; two transfers at a time would
+    leave it with either's weights."""
     fleet, control = controller.fleet, controller.engine_control()
     fleet.weights = replace(KEPT, canaries=[[1, 2]], canary_logprobs=[[-0.5]])
     fake_ray.on_start = lambda actor: setattr(actor, "join_result", [[-0.5]])
@@ -239,3 +247,28 @@ def test_a_transfer_waits_for_an_engine_that_still_joins(fake_ray, monkeypatch):
     assert [name for name, _ in fleet.engines[0].calls][-1] == "update_weights"
     assert all(_known_engines(worker)[0] is fleet.engines[0] for worker in fleet.workers)
     assert fleet.weights.policy_version == 4
+
+
+def test_every_incident_is_counted_once_whatever_was_going_on(controller, fake_ray):
+    """A transfer that precedes an evaluation, the evaluation, and a rollout that is discarded."""
+    fleet, control = controller.fleet, controller.engine_control()
+    fleet.weights = KEPT
+    fleet.engines[0].state = "dead"
+    control.update({"policy_version": 4}, 4)
+    for worker in fleet.workers:
+        worker.group_result = GroupResult([], Counter(sandbox_retries=2))
+    sampling = {"temperature": 1.0, "top_p": 1.0}
+    prompts = [Prompt(f"p{i}", [1], "4", "gsm8k") for i in range(3)]
+    controller.rollout(prompts, tag="eval", num_generations=0, **sampling)
+    groups = [GroupRequest(prompt, "1", 0) for prompt in prompts]
+    controller.run(groups, GroupSampling(**sampling, seed=1), what="rollout 1")
+    fleet.engines[1].state = "dead"
+    control.update({"policy_version": 5}, 5)
+    config = _config()
+    teacher = RolloutController(config, config.student, load_weights=True, counts=controller.counts)
+    for worker in teacher.fleet.workers:
+        worker.group_result = GroupResult([], Counter(turns_resubmitted=1))
+    teacher.rollout(prompts[:1], tag="eval", num_generations=0, **sampling)
+    expected = {"engine_restarts": 2, "sandbox_retries": 12, "turns_resubmitted": 1}
+    assert controller.take_counts() == expected
+    assert not controller.take_counts() and not teacher.take_counts()

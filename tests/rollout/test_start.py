@@ -18,7 +18,10 @@ def noted(monkeypatch):
     notes: list[str] = []
 
     class Controller:
-        def __init__(self, config, model, *, load_weights, vocab_size=None, machines=()):
+        def __init__(
+            self, config, model, *, load_weights, vocab_size=None, machines=(), counts=None
+        ):
+            self.counts = {} if counts is None else counts
             self.name = "teacher" if load_weights else "student"
             notes.append(f"{self.name} starts")
 
@@ -56,6 +59,12 @@ def test_engines_with_gpus_of_their_own_start_while_models_load(monkeypatch, not
 def test_without_gpus_everything_starts_at_once(monkeypatch, noted):
     notes = run(monkeypatch, on_gpu=False, notes=noted)
     assert notes == ["student starts", "teacher starts", "models load", "student is ready"]
+
+
+def test_what_happens_to_the_teachers_engines_is_on_the_students_account(noted):
+    config = sod_config("s", "t")
+    student, teacher = start.start_engines(config, vocab_size=9, machines=[], with_teacher=True)
+    assert teacher.counts is student.counts
 
 
 def test_a_replay_waits_for_nothing(monkeypatch, noted):
