@@ -140,10 +140,31 @@ def _patch_tensor_methods() -> None:
 
 def _patch_megatron() -> None:
     from megatron.core.tensor_parallel import random as megatron_random
+    from megatron.core.transformer import attention
+    from megatron.core.transformer.moe import moe_utils
 
     megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     megatron_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    # Where Transformer-Engine can be imported: the router's product, and the split of q, k and v.
+    moe_utils.te_general_gemm = attention.SplitAlongDim = None
+    _patch_optimizer()
     _patch_expert_communication()
+
+
+def _patch_optimizer() -> None:
+    """torch's Adam and Megatron's own norm and scaling, also where Transformer-Engine or apex can
+    be imported: Megatron chooses theirs then, which need CUDA."""
+    from megatron.core import optimizer, utils
+    from megatron.core.optimizer import clip_grads, distrib_optimizer
+    from megatron.core.optimizer import optimizer as base
+
+    optimizer.Adam, optimizer.USING_PYTORCH_OPTIMIZER = torch.optim.AdamW, True
+    distrib_optimizer.HAVE_APEX_OR_TE = False
+    distrib_optimizer.USING_TE_OPTIMIZER = distrib_optimizer.USING_APEX_OPTIMIZER = False
+    clip_grads.l2_norm_impl = utils.local_multi_tensor_l2_norm
+    for module in (clip_grads, base):
+        module.multi_tensor_applier = utils.local_multi_tensor_applier
+        module.multi_tensor_scale_impl = utils.local_multi_tensor_scale
 
 
 def _patch_expert_communication() -> None:
