@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -13,6 +15,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import layers as linear_layers
 from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
     get_num_layers_to_build,
@@ -21,6 +24,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_sod.config.schema import ParallelConfig
 from megatron_sod.convert.layout import sharding_of
+from megatron_sod.errors import ConfigError
 from megatron_sod.model.geometry import Geometry
 from megatron_sod.model.gpt import HiddenStateGPT, PipelineModel
 from megatron_sod.model.layers import PackedCausalAttention, RMSNorm
@@ -31,19 +35,18 @@ Recompute = Literal["none", "selective", "full"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
-def has_transformer_engine() -> bool:
-    """Whether the layers come from Transformer-Engine, which needs a GPU."""
-    return torch.cuda.is_available() and bool(importlib.util.find_spec("transformer_engine"))
+def has_transformer_engine(dtype: torch.dtype) -> bool:
+    """Whether the layers come from Transformer-Engine, which needs a GPU. Its attention to packed
+    sequences has kernels for 16 bits only; other dtypes get local layers, on GPUs too."""
+    is_installed = bool(importlib.util.find_spec("transformer_engine"))
+    return dtype == torch.bfloat16 and torch.cuda.is_available() and is_installed
 
 
-def has_fused_gradient_accumulation() -> bool:
-    """Whether the matrix product itself can add weight gradients into `main_grad`.
-
-    Megatron's own linear layers, which hold embedding and head also beside Transformer-Engine, need
-    apex's extension for it.
-    """
+def has_fused_gradient_accumulation(dtype: torch.dtype) -> bool:
+    """Whether the matrix product itself can add weight gradients into `main_grad`:
+    Transformer-Engine's linear layers by themselves, Megatron's own with apex's extension."""
     extension = importlib.util.find_spec("fused_weight_gradient_mlp_cuda")
-    return torch.cuda.is_available() and bool(extension)
+    return has_transformer_engine(dtype) or (torch.cuda.is_available() and bool(extension))
 
 
 def transformer_config(
@@ -56,8 +59,9 @@ def transformer_config(
     """Megatron's configuration; every fused kernel that needs CUDA or Transformer-Engine is off
     where it is missing."""
     options: dict[str, Any] = {}
+    has_te = has_transformer_engine(dtype)
     if geometry.is_moe:
-        options |= _moe_options(geometry)
+        options |= _moe_options(geometry) | dict(moe_grouped_gemm=has_te)
     if recompute == "full":
         options |= dict(recompute_method="uniform", recompute_num_layers=1)
     if recompute != "none":
@@ -65,7 +69,6 @@ def transformer_config(
     if parallel.virtual_pipeline_model_parallel_size:
         # Batched exchanges mix up a rank's two neighbours where two stages make them one rank.
         options |= dict(overlap_p2p_comm=True, batch_p2p_comm=False)
-    has_te = has_transformer_engine()
     return TransformerConfig(
         num_layers=geometry.num_layers,
         hidden_size=geometry.hidden_size,
@@ -102,7 +105,7 @@ def transformer_config(
         bias_activation_fusion=False,
         masked_softmax_fusion=False,
         apply_rope_fusion=has_te,
-        gradient_accumulation_fusion=has_fused_gradient_accumulation(),
+        gradient_accumulation_fusion=has_fused_gradient_accumulation(dtype),
         deallocate_pipeline_outputs=True,
         **options,
     )
@@ -120,15 +123,14 @@ def _moe_options(geometry: Geometry) -> dict[str, Any]:
         moe_router_dtype="fp32",
         moe_router_load_balancing_type="none",
         moe_aux_loss_coeff=0.0,
-        moe_grouped_gemm=has_transformer_engine(),
     )
 
 
 def _block_spec(geometry: Geometry, config: TransformerConfig, pp_rank: int, vp_stage: int | None):
-    """Transformer-Engine layers where it is installed, local layers otherwise."""
+    """Transformer-Engine layers where they can serve, local layers otherwise."""
     num_layers = get_num_layers_to_build(config, vp_stage, pp_rank)
     experts = geometry.num_experts or None
-    if has_transformer_engine():
+    if has_transformer_engine(config.params_dtype):
         spec = get_gpt_layer_with_transformer_engine_spec(
             experts, moe_grouped_gemm=geometry.is_moe, qk_layernorm=geometry.qk_norm
         )
@@ -148,6 +150,19 @@ def _block_spec(geometry: Geometry, config: TransformerConfig, pp_rank: int, vp_
     return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=RMSNorm)
 
 
+@contextlib.contextmanager
+def _head_without_extension() -> Iterator[None]:
+    """Megatron's linear layer refuses to be made for fused gradients without apex's extension, its
+    output head beside Transformer-Engine's layers too. That head's own product is never used
+    (HiddenStateGPT), so it may be made."""
+    is_available = linear_layers._grad_accum_fusion_available
+    linear_layers._grad_accum_fusion_available = True
+    try:
+        yield
+    finally:
+        linear_layers._grad_accum_fusion_available = is_available
+
+
 def build_model(
     geometry: Geometry,
     parallel: ParallelConfig,
@@ -156,25 +171,35 @@ def build_model(
     dtype: str = "float32",
     recompute: Recompute = "none",
 ) -> PipelineModel:
-    """This rank's part of the model, randomly initialised."""
+    """This rank's part of the model, randomly initialised.
+
+    Raises:
+        ConfigError: float64 on a GPU.
+    """
+    if dtype == "float64" and torch.cuda.is_available():
+        raise ConfigError(
+            "dtype float64: on a GPU, Megatron clips float32 gradients alone and fused optimizers "
+            "have no float64; take bfloat16 or float32 (float64 is for comparisons on CPU)"
+        )
     config = transformer_config(geometry, parallel, dtype=DTYPES[dtype], recompute=recompute)
     num_chunks = parallel.virtual_pipeline_model_parallel_size or 1
     chunks = []
     for number in range(num_chunks):
         vp_stage = number if num_chunks > 1 else None
-        chunk = HiddenStateGPT(
-            config=config,
-            transformer_layer_spec=_block_spec(geometry, config, groups.pp.rank(), vp_stage),
-            vocab_size=geometry.padded_vocab_size(parallel.tensor_model_parallel_size),
-            max_sequence_length=geometry.max_position_embeddings,
-            pre_process=groups.pp.rank() == 0 and number == 0,
-            post_process=groups.pp.rank() == groups.pp.size() - 1 and number == num_chunks - 1,
-            share_embeddings_and_output_weights=geometry.tied_embeddings,
-            position_embedding_type="rope",
-            rotary_base=geometry.rope_theta,
-            pg_collection=groups,
-            vp_stage=vp_stage,
-        )
+        with _head_without_extension():
+            chunk = HiddenStateGPT(
+                config=config,
+                transformer_layer_spec=_block_spec(geometry, config, groups.pp.rank(), vp_stage),
+                vocab_size=geometry.padded_vocab_size(parallel.tensor_model_parallel_size),
+                max_sequence_length=geometry.max_position_embeddings,
+                pre_process=groups.pp.rank() == 0 and number == 0,
+                post_process=groups.pp.rank() == groups.pp.size() - 1 and number == num_chunks - 1,
+                share_embeddings_and_output_weights=geometry.tied_embeddings,
+                position_embedding_type="rope",
+                rotary_base=geometry.rope_theta,
+                pg_collection=groups,
+                vp_stage=vp_stage,
+            )
         chunk.rotary_pos_emb.inv_freq = inverse_frequencies(geometry)
         for name, parameter in chunk.named_parameters():
             if sharding_of(name) == "expert":

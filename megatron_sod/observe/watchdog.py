@@ -7,6 +7,7 @@ the run started, with its recent median, or with a fixed bound.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from statistics import median
@@ -46,6 +47,13 @@ SIGNALS = (
     ),
     Signal("min_entropy_share", "actor/student_entropy", "student entropy", "below", "start"),
     Signal("max_grad_norm_ratio", "actor/grad_norm", "gradient norm", "above", "recent"),
+    Signal(
+        "max_steps_skipped",
+        "actor/steps_skipped",
+        "optimizer steps left out for a gradient that is not finite",
+        "above",
+        "fixed",
+    ),
     Signal("min_step_weight", "sod/w_mean", "mean step weight w_k", "below", "fixed"),
     Signal(
         "max_extreme_ratio_share",
@@ -158,4 +166,5 @@ class Watchdog:
                 reference = median(seen[-_RECENT:]) if len(seen) >= _RECENT // 4 else None
             if reference is not None:
                 yield int(row["iteration"]), value, limit * reference
-            seen.append(value)
+            if math.isfinite(value):
+                seen.append(value)

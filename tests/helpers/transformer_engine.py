@@ -115,13 +115,13 @@ def transformer_engine_layers() -> Iterator[None]:
     local = build.transformer_config
 
     def config(*args, **options):
-        with mock.patch.object(build, "has_transformer_engine", lambda: False):
+        with mock.patch.object(build, "has_transformer_engine", lambda dtype: False):
             return local(*args, **options)
 
     with (
         mock.patch.object(gpt_layer_specs, "TESpecProvider", _Provider, create=True),
         mock.patch.object(build, "TENorm", Norm),
-        mock.patch.object(build, "has_transformer_engine", lambda: True),
+        mock.patch.object(build, "has_transformer_engine", lambda dtype: True),
         mock.patch.object(build, "transformer_config", config),
     ):
         yield

@@ -17,6 +17,7 @@ HEALTHY = {
     "rollout/student_tokens": 900.0,
     "actor/student_entropy": 0.6,
     "actor/grad_norm": 0.5,
+    "actor/steps_skipped": 0.0,
     "sod/w_mean": 0.8,
     "sod/frac_r_beyond_10": 0.002,
     "sod/d_mean": 0.3,
@@ -69,6 +70,7 @@ def test_healthy_training_raises_nothing():
         ("rollout/student_tokens", 9000.0, "max_response_length_share"),
         ("actor/student_entropy", 0.02, "min_entropy_share"),
         ("actor/grad_norm", 66.99, "max_grad_norm_ratio"),
+        ("actor/steps_skipped", 1.0, "max_steps_skipped"),
         ("sod/w_mean", 0.01, "min_step_weight"),
         ("sod/frac_r_beyond_10", 0.2, "max_extreme_ratio_share"),
         ("sod/d_mean", 2.0, "max_divergence_share"),
@@ -92,6 +94,15 @@ def test_one_bad_iteration_is_no_collapse():
 
 def test_nan_is_out_of_bounds():
     assert _run({"sod/d_mean": [0.3] * 4 + [math.nan] * 2}) == {"max_divergence_share": 6}
+
+
+def test_an_iteration_without_a_number_is_no_reference_for_later_ones():
+    norms = [math.nan] + [0.5] * 4 + [math.nan] * 2 + [0.5] * 3 + [66.99] * 2
+    watchdog, alarms = Watchdog(WatchdogConfig()), []
+    for iteration, norm in enumerate(norms, start=1):
+        found = watchdog.check({"iteration": iteration, "actor/grad_norm": norm})
+        alarms += [(alarm.iteration, alarm.bound) for alarm in found]
+    assert alarms == [(12, 5.0)]  # too few numbers before the two without one; median 0.5 later
 
 
 def test_a_metric_the_method_does_not_have_is_silent():

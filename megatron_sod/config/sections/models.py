@@ -61,7 +61,11 @@ class ModelConfig(Section):
         description="for --dry-run where `path` does not exist yet: a name in configs/models, or "
         "another directory; null: the last component of `path`, lower case",
     )
-    dtype: DType = Field("float32", description="parameters and computation")
+    dtype: DType = Field(
+        "float32",
+        description="parameters and computation; on GPUs bfloat16, which alone gets "
+        "Transformer-Engine's layers; float64 on CPU only",
+    )
     recompute: Literal["none", "selective", "full"] = Field(
         "none",
         description="activations made again in the backward pass: of attention, or of whole layers",

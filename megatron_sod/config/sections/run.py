@@ -85,6 +85,9 @@ class WatchdogConfig(Section):
     max_grad_norm_ratio: float | None = Field(
         10.0, gt=0, description="against the median of the last 20 iterations"
     )
+    max_steps_skipped: float | None = Field(
+        0, ge=0, description="optimizer steps of an iteration left out: gradient not finite"
+    )
     min_step_weight: float | None = Field(0.1, ge=0, description="mean w_k")
     max_extreme_ratio_share: float | None = Field(
         0.05, ge=0, le=1, description="of tokens whose log-ratio is beyond 10 nats"
