@@ -10,11 +10,13 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
 # Imported once by the process all ranks are forked from: Megatron takes seconds to import.
 PRELOADED = ["torch", "megatron_sod.train.trainable", "megatron_sod.scoring.score"]
 
@@ -63,20 +65,22 @@ def _rank_main(
 def run_on_ranks(world_size: int, fn: Callable, *args: Any) -> list[Any]:
     """Call `fn(*args)` on `world_size` gloo ranks; return the results in rank order.
 
-    `fn` must be importable (module level). A failure on any rank raises with its traceback.
+    `fn` must be importable (module level). A failure on any rank raises with its traceback. Ranks
+    see no GPU, whatever the machine has: gloo and Megatron on CPU are what they test.
     """
     with tempfile.TemporaryDirectory() as folder:
         context = mp.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
-        port, environment = free_port(), dict(os.environ)
+        port, environment = free_port(), {**os.environ, **NO_GPU}
         ranks = [
             context.Process(
                 target=_rank_main, args=(rank, world_size, port, folder, environment, fn, args)
             )
             for rank in range(world_size)
         ]
-        for process in ranks:
-            process.start()
+        with mock.patch.dict(os.environ, NO_GPU):  # the first start starts the fork server, too
+            for process in ranks:
+                process.start()
         results = []
         failures = []
         for rank, process in enumerate(ranks):
