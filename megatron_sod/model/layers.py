@@ -1,4 +1,4 @@
-"""Layers where Transformer-Engine's are missing or cannot serve: RMSNorm and packed causal attention."""
+"""Layers where Transformer-Engine's cannot serve: RMSNorm and packed causal attention."""
 
 from __future__ import annotations
 
