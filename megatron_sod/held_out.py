@@ -8,6 +8,7 @@ from megatron_sod.eval.runner import EvalResult, evaluate
 from megatron_sod.observe.progress import say
 from megatron_sod.observe.reference_names import validation_scalars
 from megatron_sod.parallel.share import from_rank0
+from megatron_sod.rollout.breaker import remedy
 from megatron_sod.session import Session
 
 
@@ -39,7 +40,7 @@ def evaluate_if_due(session: Session) -> dict[str, float]:
         lambda: _evaluate(session, "student"), timeout_s=session.config.rollout.timeout_s
     )
     best = session.progress.best_success
-    if best is None or result.success > best:
+    if result.success is not None and (best is None or result.success > best):
         session.progress = replace(
             session.progress, best_success=result.success, best_iteration=iteration
         )
@@ -58,6 +59,12 @@ def _evaluate(session: Session, model: str) -> EvalResult:
         iteration=session.progress.iteration,
     )
     session.run_dir.append("evals.jsonl", result.as_dict())
+    if result.success is None or result.interval is None:
+        say(
+            f"{result.model} after iteration {result.iteration}: not measured: {result.problem}; "
+            f"training goes on. {remedy(result.finish_reasons)}"
+        )
+        return result
     (low, high), lost = result.interval, result.num_infra_errors
     session.view.evaluated(result.model, result.success, result.interval)
     say(
@@ -86,9 +93,14 @@ def _log(session: Session, result: EvalResult) -> None:
 
 
 def _scalars(result: EvalResult) -> dict[str, float]:
-    """An evaluation under our names; the student's under the reference's as well."""
+    """An evaluation under our names; the student's under the reference's as well. Of one that
+    measured nothing, only what it lost."""
+    lost = {f"eval/{result.model}_infra_error_rate": result.infra_error_rate}
+    if result.success is None:
+        return lost
     theirs = validation_scalars(result.sources) if result.model == "student" else {}
     return {
+        **lost,
         f"eval/{result.model}_success": result.success,
         f"eval/{result.model}_tool_calls": result.tool_calls_per_trajectory,
         **theirs,

@@ -181,7 +181,8 @@ def _start_engines(
     closing.callback(lambda: terminal.keep_worker_logs(Path(log_folder()), run_dir.logs))
     watch.on_abort.append(stop_ray)
     stop.on_stop_now.append(stop_ray)
-    is_done = any(row["model"] == "teacher" for row in run_dir.rows("evals.jsonl"))
+    evals = [row for row in run_dir.rows("evals.jsonl") if row["model"] == "teacher"]
+    is_done = any(row["success"] is not None for row in evals)
     student, teacher = start_engines(
         config,
         vocab_size=inputs.vocab_size,

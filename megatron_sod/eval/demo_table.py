@@ -78,7 +78,8 @@ def run_cells(run: Path) -> list[str]:
     teacher = [row for row in evals if row["model"] == "teacher"]
     # a run stopped early may have no evaluation but that of its start
     after = student[-1:] if student and student[-1]["iteration"] > student[0]["iteration"] else []
-    gain = f"{100 * (after[0]['success'] - student[0]['success']):+.1f}" if after else "-"
+    ends = [row["success"] for row in (*student[:1], *after)]
+    gain = f"{100 * (ends[1] - ends[0]):+.1f}" if after and None not in ends else "-"
     summary = run / "summary.json"
     wall = json.loads(summary.read_text())["wall_s"] if summary.is_file() else None
     weights = _values(metrics, "sod/w_mean")
@@ -86,7 +87,7 @@ def run_cells(run: Path) -> list[str]:
         _success(student[:1]),
         _success(after),
         gain,
-        f"{teacher[-1]['success']:.1%}" if teacher else "-",
+        _success(teacher[-1:]).partition(" ")[0],
         _change(metrics, "rollout/tool_calls_avg"),
         _change(metrics, "sod/d_mean"),
         f"{fmean(weights):.2f}" if weights else "-",
@@ -100,7 +101,7 @@ def run_cells(run: Path) -> list[str]:
 
 
 def _success(rows: list[dict]) -> str:
-    if not rows:
+    if not rows or rows[0]["success"] is None:  # infrastructure spoilt it
         return "-"
     low, high = rows[0]["interval"]
     return f"{rows[0]['success']:.1%} [{low:.1%}, {high:.1%}]"

@@ -44,7 +44,7 @@ def summarise_run(run_dir: RunDir, config: SodConfig, *, wall_s: float) -> dict:
         ("student_after", student, -1),
         ("teacher", teacher, -1),
     ):
-        if rows:
+        if rows and rows[at]["success"] is not None:  # else infrastructure spoilt it
             summary[name] = rows[at]["success"]
             summary[f"{name}_interval"] = rows[at]["interval"]
             summary["num_eval_tasks"] = rows[at]["num_prompts"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 
 from megatron_sod.config.schema import WatchdogConfig
 from megatron_sod.errors import RolloutError
@@ -33,15 +34,27 @@ def check_losses(
         meanwhile: what was, or was not, done with the rest; for the message.
         resume: how to go on once the cause is removed; for the message.
     """
+    if (problem := outage(lost, total, watchdog)) is not None:
+        raise RolloutError(f"{problem}; {meanwhile}. {remedy(lost)}, then start again: {resume}")
+
+
+def outage(lost: Counter[str], total: int, watchdog: WatchdogConfig) -> str | None:
+    """What is wrong when more than watchdog.max_infra_error_rate of `total` were lost, else
+    None."""
     rate = lost.total() / max(total, 1)
-    if rate > watchdog.max_infra_error_rate:
-        raise RolloutError(
-            f"{lost.total()} of {total} trajectories ({rate:.0%}) were lost to infrastructure "
-            f"errors, more than watchdog.max_infra_error_rate {watchdog.max_infra_error_rate:.0%}; "
-            f"{meanwhile}. Check the sandbox with tools/doctor.py"
-            + (", raise rollout.trajectory_timeout_s" if lost["time_limit"] else "")
-            + f", then start again: {resume}"
-        )
+    if rate <= watchdog.max_infra_error_rate:
+        return None
+    return (
+        f"{lost.total()} of {total} trajectories ({rate:.0%}) were lost to infrastructure errors, "
+        f"more than watchdog.max_infra_error_rate {watchdog.max_infra_error_rate:.0%}"
+    )
+
+
+def remedy(finish_reasons: Mapping[str, int]) -> str:
+    """What to look at, from how many trajectories ended why."""
+    late = finish_reasons.get("time_limit", 0)
+    hint = ", raise rollout.trajectory_timeout_s" if late else ""
+    return f"Check the sandbox with tools/doctor.py{hint}"
 
 
 def check_sampling(trajectories: list[Trajectory], temperature: float, top_p: float = 1.0) -> None:

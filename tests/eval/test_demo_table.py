@@ -45,6 +45,16 @@ def _row(run) -> dict[str, str]:
     return dict(zip(HEADER[1:], run_cells(run), strict=True))
 
 
+def test_an_evaluation_that_infrastructure_spoilt_is_no_result(tmp_path):
+    lost = {"success": None, "interval": None}
+    evals = [_eval(0, None, "teacher"), _eval(0, 0.25), _eval(12, None)]
+    evals = [row | lost if row["success"] is None else row for row in evals]
+    _write(tmp_path / "run", _metrics(12), evals)
+    row = _row(tmp_path / "run")
+    assert row["before"].startswith("25.0%")
+    assert row["after"] == row["gain, points"] == row["teacher"] == "-"
+
+
 def test_a_complete_run_shows_what_it_reached_and_how(tmp_path):
     evals = [_eval(0, 1.0, "teacher"), _eval(0, 0.25), _eval(10, 0.5), _eval(12, 0.75)]
     metrics = _metrics(12, **{"sod/w_mean": 0.875, "sod/d_mean": 0.125})

@@ -82,9 +82,10 @@ def test_penalties_and_bonuses_do_not_leave_the_range_of_a_rate():
     assert _summary(_graded(-0.6, 1.5)).success == 0.5
 
 
-def test_nothing_graded_is_no_success_and_full_uncertainty():
+def test_nothing_graded_is_no_measurement():
     result = _summary([])
-    assert (result.success, result.interval, result.num_samples) == (0.0, (0.0, 1.0), 0)
+    assert (result.success, result.interval, result.num_samples) == (None, None, 0)
+    assert result.problem == "none of 0 trajectories was graded"
 
 
 def test_a_result_is_plain_data():
