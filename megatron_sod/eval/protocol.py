@@ -44,6 +44,7 @@ _SOURCES = (
     "eval/samples.py",
     "eval/metrics.py",
     "eval/report.py",
+    "eval/votes.py",
 )
 _ROOT = Path(__file__).resolve().parents[1]
 _PEEK_BYTES = 1 << 16

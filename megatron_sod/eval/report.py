@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from megatron_sod.eval.metrics import bootstrap_interval, maj_at_k, mean, pass_at_k
+from megatron_sod.eval.votes import RIGHT, BallotBox, Votes
+from megatron_sod.observe.progress import say
+from megatron_sod.rollout.rewards import same_answer
 
-RIGHT = 1.0
+Group = tuple[int, str]  # seed and prompt_id
 
 
 def summarise_samples(records: list[dict], *, num_samples: int) -> dict[str, Any]:
@@ -17,16 +21,31 @@ def summarise_samples(records: list[dict], *, num_samples: int) -> dict[str, Any
     by_source: dict[str, list[dict]] = defaultdict(list)
     for record in records:
         by_source[record["data_source"] or "unnamed"].append(record)
-    sources = {name: _numbers(rows, num_samples) for name, rows in sorted(by_source.items())}
-    return {"overall": _numbers(records, num_samples), "sources": sources}
+    box = BallotBox(same_answer)
+    votes = {group: box.count(rows) for group, rows in _graded(records).items()}
+    if box.num_by_spelling:
+        say(
+            f"maj@k: the wrong answers to {box.num_by_spelling} prompts could not all be compared, "
+            "in time or at all; they are told apart by their spelling"
+        )
+    sources = {name: _numbers(rows, num_samples, votes) for name, rows in sorted(by_source.items())}
+    overall = _numbers(records, num_samples, votes)
+    return {"overall": overall | {"num_spelling_votes": box.num_by_spelling}, "sources": sources}
 
 
-def _numbers(records: list[dict], num_samples: int) -> dict[str, Any]:
-    groups: dict[tuple[int, str], list[dict]] = defaultdict(list)
+def _graded(records: list[dict]) -> dict[Group, list[dict]]:
+    """The graded samples of each prompt that has any."""
+    groups: dict[Group, list[dict]] = defaultdict(list)
     for record in records:
-        groups[record["seed"], record["prompt_id"]].append(record)
-    graded = {key: [r for r in rows if r["is_valid"]] for key, rows in groups.items()}
-    graded = {key: rows for key, rows in graded.items() if rows}
+        if record["is_valid"]:
+            groups[record["seed"], record["prompt_id"]].append(record)
+    return groups
+
+
+def _numbers(
+    records: list[dict], num_samples: int, votes: dict[Group, Votes | None]
+) -> dict[str, Any]:
+    graded = _graded(records)
     prompts: dict[str, list[float]] = defaultdict(list)
     seeds: dict[int, list[float]] = defaultdict(list)
     for (seed, prompt_id), rows in graded.items():
@@ -37,7 +56,7 @@ def _numbers(records: list[dict], num_samples: int) -> dict[str, Any]:
     per_prompt = [mean(values) for values in prompts.values()]
     ks = _ks(num_samples)
     return {
-        "num_prompts": len({prompt_id for _, prompt_id in groups}),
+        "num_prompts": len({r["prompt_id"] for r in records}),
         "num_samples": num_samples,
         "num_graded": sum(len(rows) for rows in graded.values()),
         "num_infra_errors": sum(not r["is_valid"] for r in records),
@@ -45,8 +64,8 @@ def _numbers(records: list[dict], num_samples: int) -> dict[str, Any]:
         "interval": list(bootstrap_interval(per_prompt)) if per_prompt else None,
         "per_seed": per_seed,
         "seed_std": statistics.stdev(per_seed) if len(per_seed) > 1 else None,
-        "pass": {str(k): _over_prompts(graded, k, _pass) for k in ks},
-        "maj": {str(k): _over_prompts(graded, k, _maj) for k in ks},
+        "pass": {str(k): _over_prompts(graded.values(), k, _pass) for k in ks},
+        "maj": {str(k): _over_prompts([votes[group] for group in graded], k, _maj) for k in ks},
         **_behaviour([r for r in records if r["is_valid"]]),
     }
 
@@ -56,9 +75,9 @@ def _ks(num_samples: int) -> list[int]:
     return powers if powers[-1] == num_samples else [*powers, num_samples]
 
 
-def _over_prompts(graded: dict, k: int, of_group) -> float | None:
+def _over_prompts(prompts: Iterable, k: int, of_prompt: Callable) -> float | None:
     """Mean over prompts with at least k graded samples; None without one."""
-    values = [of_group(rows, k) for rows in graded.values() if len(rows) >= k]
+    values = [of_prompt(prompt, k) for prompt in prompts]
     values = [value for value in values if value is not None]
     return mean(values) if values else None
 
@@ -67,18 +86,17 @@ def _score(record: dict) -> float:
     return max(0.0, min(1.0, record["score"]))
 
 
-def _pass(rows: list[dict], k: int) -> float:
+def _pass(rows: list[dict], k: int) -> float | None:
+    if len(rows) < k:
+        return None
     return pass_at_k(len(rows), sum(_score(r) >= RIGHT for r in rows), k)
 
 
-def _maj(rows: list[dict], k: int) -> float | None:
-    """None for programs, which cannot vote. All right answers are one answer, however spelled."""
-    if any(r["prediction"] is None for r in rows):
+def _maj(votes: Votes | None, k: int) -> float | None:
+    """None for programs, which cannot vote."""
+    if votes is None or votes.num_correct + sum(votes.wrong) + votes.num_empty < k:
         return None
-    num_correct = sum(_score(r) >= RIGHT for r in rows)
-    wrong = Counter(r["prediction"] for r in rows if _score(r) < RIGHT)
-    num_empty = wrong.pop("", 0)
-    return maj_at_k(num_correct, tuple(sorted(wrong.values())), num_empty, k)
+    return maj_at_k(votes.num_correct, votes.wrong, votes.num_empty, k)
 
 
 def _behaviour(valid: list[dict]) -> dict[str, Any]:

@@ -6,14 +6,15 @@ from typing import Any
 
 from megatron_sod.rollout.answers import last_boxed, normalised
 from megatron_sod.rollout.code_tests import is_code_task
+from megatron_sod.rollout.rewards import choice_letter, is_choice_task
 from megatron_sod.types import Prompt, Trajectory
 
 
 def sample_record(
     prompt: Prompt, trajectory: Trajectory, tokenizer: Any, *, seed: int, sample: int
 ) -> dict:
-    """A JSON row. `prediction` is "" without an answer and None where answers cannot be compared
-    as text (programs)."""
+    """A JSON row. `prediction` is a choice's letter or what the box holds, "" without an answer and
+    None where answers cannot be compared (programs)."""
     last_step = max(trajectory.step_ids, default=0)
     final = [
         token
@@ -23,7 +24,9 @@ def sample_record(
     text = tokenizer.decode(final, skip_special_tokens=True)
     prediction: str | None = None
     if not is_code_task(prompt):
-        prediction = normalised(last_boxed(text) or "")
+        boxed = last_boxed(text) or ""
+        letter = choice_letter(boxed) if is_choice_task(prompt) else ""
+        prediction = letter or normalised(boxed)
     return {
         "prompt_id": prompt.prompt_id,
         "data_source": prompt.data_source,

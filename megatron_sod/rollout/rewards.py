@@ -31,6 +31,7 @@ _LABEL = re.compile(
 )
 _LABELLED = re.compile(r"\(?([A-Ja-j])(?:\)|\.|:)+\s*(\S.*)", re.S)
 _OTHER_LABEL = re.compile(r"\b(?:[A-Jb-j]|a(?! [a-z]))\b")
+_PLAIN = re.compile(r"-?[0-9]+|[A-Za-z]")  # a whole number or a letter
 _MATH = MathChecker()
 
 
@@ -96,8 +97,11 @@ def grade_math(prompt: Prompt, text: str) -> float:
 
 def same_answer(reference: str, given: str) -> bool:
     """Whether two answers of a mathematical task are the same."""
-    if normalised(given) == normalised(reference):
+    plain = normalised(reference), normalised(given)
+    if plain[0] == plain[1]:
         return True
+    if all(map(_PLAIN.fullmatch, plain)) and plain[0].upper() != plain[1].upper():
+        return False  # as math-verify says, thousands of times faster
     by_symbols = same_symbols(reference, given)
     if by_symbols is not None:
         return by_symbols
@@ -134,9 +138,12 @@ def grade_auto(prompt: Prompt, text: str) -> float:
     """Letters are graded as choices, the tiny world exactly, everything else as mathematics."""
     if prompt.data_source == "tiny_world":
         return grade_exact(prompt, text)
-    if re.fullmatch(r"\s*[A-Ja-j]\s*", prompt.answer):
-        return grade_choice(prompt, text)
-    return grade_math(prompt, text)
+    return grade_choice(prompt, text) if is_choice_task(prompt) else grade_math(prompt, text)
+
+
+def is_choice_task(prompt: Prompt) -> bool:
+    """Whether the answer is a letter; decided by its form, whatever the data source is called."""
+    return re.fullmatch(r"\s*[A-Ja-j]\s*", prompt.answer) is not None
 
 
 def _imported(path: str) -> Grader:
