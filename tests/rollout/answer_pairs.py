@@ -203,6 +203,7 @@ MATH = {
         ("5 m", "5\\text{ m}", True),
         ("5 m", "5\\text{ km}", False),
         ("5 m", "5m", True),
+        ("0 m", "0 km", True),
         ("2t", "2h", False),
         ("3 xy", "3 yx", True),
         ("2x", "2 x", True),
