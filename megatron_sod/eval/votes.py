@@ -30,7 +30,7 @@ class BallotBox:
         is_same: Callable[[str, str], bool],
         *,
         prompt_limit_s: float = 2.0,
-        limit_s: float = 60.0,
+        limit_s: float = 300.0,
     ):
         """`is_same`: whether two answers are equal. Once a prompt, or all, took as long as this,
         what is left is told apart by its spelling."""
