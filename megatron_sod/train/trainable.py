@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
 from megatron_sod.model.geometry import Geometry
 from megatron_sod.model.gpt import PipelineModel
+from megatron_sod.observe.progress import say
+from megatron_sod.parallel.cpu import device
 from megatron_sod.parallel.residency import Residency
 from megatron_sod.train.schedule import LossFn, forward_backward
 from megatron_sod.types import MicroBatch
@@ -25,8 +30,8 @@ from megatron_sod.types import MicroBatch
 class StepResult:
     """One optimizer step."""
 
-    grad_norm: float  # before clipping
-    is_applied: bool  # False when the gradient was not finite and the step was skipped
+    grad_norm: float  # before clipping; inf or NaN where it is no finite number
+    is_applied: bool  # the same on all ranks; False: weights and optimizer stay as they were
     collected: list[Any]  # per micro-batch, on the last pipeline stage
 
 
@@ -79,7 +84,7 @@ class Trainable:
     def _optimizer_tensors(self) -> Iterator[torch.Tensor]:
         """All but the model's own parameters, of which a float32 optimizer holds views."""
         own = {parameter.untyped_storage() for parameter in self.model.parameters()}
-        for part in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
+        for part in self._parts():
             if part.optimizer is None:  # of a rank that holds no such parameters
                 continue
             held = [t for group in part.optimizer.param_groups for t in group["params"]]
@@ -107,7 +112,37 @@ class Trainable:
         return forward_backward(self.model, micro_batches, loss_fn)
 
     def step(self, micro_batches: Sequence[MicroBatch], loss_fn: LossFn) -> StepResult:
-        """One optimizer step on a mini-batch. A collective over all trainer ranks."""
+        """One optimizer step on a mini-batch, left out when the gradient's norm is not finite on
+        some rank. A collective over all trainer ranks."""
         collected = self.accumulate(micro_batches, loss_fn)
-        is_applied, grad_norm, _ = self.optimizer.step()
-        return StepResult(float(grad_norm or 0.0), bool(is_applied), collected)
+        self.optimizer.prepare_grads()
+        # Megatron looks for such values only where a loss is scaled, which float16 alone needs.
+        grad_norm = float(self.optimizer.get_grad_norm())
+        is_applied = _is_finite_everywhere(grad_norm)
+        if is_applied:
+            self._clip(grad_norm)
+            self.optimizer.step_with_ready_grads()
+        else:
+            found = "no number on another rank" if math.isfinite(grad_norm) else grad_norm
+            say(
+                f"an optimizer step is left out: the gradient's norm is {found}; weights and "
+                "optimizer stay as they were"
+            )
+        return StepResult(grad_norm, is_applied, collected)
+
+    def _clip(self, grad_norm: float) -> None:
+        for part in self._parts():
+            parameters = part.get_parameters()
+            if parameters and part.config.clip_grad > 0:
+                clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, grad_norm)
+
+    def _parts(self) -> list[MegatronOptimizer]:
+        """One optimizer of the experts and one of all else, or a single one."""
+        return getattr(self.optimizer, "chained_optimizers", [self.optimizer])
+
+
+def _is_finite_everywhere(grad_norm: float) -> bool:
+    """Ranks that disagreed would part from their replicas, or wait for each other's weights."""
+    is_bad = torch.tensor([not math.isfinite(grad_norm)], dtype=torch.int32, device=device())
+    dist.all_reduce(is_bad, op=dist.ReduceOp.MAX)
+    return not bool(is_bad)

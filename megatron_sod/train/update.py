@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -34,7 +35,8 @@ def update(
     credits: list[TokenCredit],
     scores: list[TokenScores],
 ) -> dict[str, float]:
-    """One step per mini-batch. Metrics on every rank. A collective.
+    """One step per mini-batch, and the learning rate goes on also where a step is left out. Metrics
+    on every rank. A collective.
 
     `credits` and `scores` follow the micro-batches of all mini-batches in order; they are empty on
     all but the last pipeline stage.
@@ -52,15 +54,17 @@ def update(
         result = student.step(mini_batch.micro_batches, loss_fn)
         for collected in result.collected:
             sums += torch.stack([collected[name] for name in _SUMS])
-        grad_norms.append(result.grad_norm)
-        num_skipped += not result.is_applied
+        if result.is_applied:
+            grad_norms.append(result.grad_norm)
+        else:
+            num_skipped += 1
         start = end
     for group in (groups.dp_cp, groups.pp):
         dist.all_reduce(sums, group=group)
     rows = max(float(sums[-1]), 1.0)  # none when no score was a finite number
     means = {f"actor/{name}": float(sums[place]) / rows for place, name in enumerate(_SUMS[:-1])}
     return means | {
-        "actor/grad_norm": max(grad_norms),
+        "actor/grad_norm": max(grad_norms, default=math.nan),
         "actor/steps_skipped": float(num_skipped),
         "actor/lr": lr,
     }

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from megatron_sod.config.methods import PRESETS
 from megatron_sod.rollout.recording import Recording
@@ -36,9 +37,19 @@ VARIANTS = {
     "ref_compat": ["ref_compat=true"],
     "spoilt": ["method=opd_naive", "name=spoilt"],
     "removed": ["method=opd_naive", "name=removed"],
+    "not_finite": ["method=opd_naive", "name=not_finite"],
 }
 JOBS = METHODS | VARIANTS
-QUICK = ("sod", "grpo", "opsd_hint", "d_floor", "withdrawn_exact", "spoilt", "removed")
+QUICK = (
+    "sod",
+    "grpo",
+    "opsd_hint",
+    "d_floor",
+    "withdrawn_exact",
+    "spoilt",
+    "removed",
+    "not_finite",
+)
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +86,9 @@ def everything(inputs):
 def _check_trained(runs, name):
     rows, weights, initial = runs[name]
     assert [row["iteration"] for row in rows] == [1, 2]
-    assert all(row["actor/steps_skipped"] == 0 and row["actor/grad_norm"] > 0 for row in rows)
+    skipped = [1, 0] if name == "not_finite" else [0, 0]
+    assert [row["actor/steps_skipped"] for row in rows] == skipped
+    assert all(0 < row["actor/grad_norm"] < float("inf") for row in rows)
     assert all(torch.isfinite(w).all() for w in weights.values())
     assert any(not torch.equal(weights[n], initial[n]) for n in initial)
 
@@ -153,21 +166,37 @@ def _train_all(folder: str, jobs: dict) -> dict:
     from megatron_sod import pipeline
     from megatron_sod.config.load import load_config
     from megatron_sod.parallel import state
+    from megatron_sod.train.trainable import Trainable
 
     state.shutdown = state.parallel_state.destroy_model_parallel  # the next job goes on in here
-    score = pipeline.score
+    score, accumulate = pipeline.score, Trainable.accumulate
     found = {}
     initial = load_file(Path(folder) / "student" / "model.safetensors")
     for name, overrides in jobs.items():
         run_dir = Path(folder) / "runs" / name
         rollouts = "rollouts_removed" if name == "removed" else "rollouts"
         pipeline.score = _with_a_nan(score) if name == "spoilt" else score
+        Trainable.accumulate = _once_infinite(accumulate) if name == "not_finite" else accumulate
         config = load_config("configs/demo_cpu.yaml", _arguments(folder, run_dir, rollouts)
                              + overrides)  # fmt: skip
         pipeline.train(config)
         rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").open()]
         found[name] = (rows, load_file(run_dir / "hf" / "model.safetensors"), initial)
     return found
+
+
+def _once_infinite(accumulate):
+    """The first gradient of the run has an infinity, on the last rank alone."""
+    calls = []
+
+    def spoilt(trainable, *args):
+        collected = accumulate(trainable, *args)
+        calls.append(1)
+        if len(calls) == 1 and dist.get_rank() == dist.get_world_size() - 1:
+            next(trainable.model.parameters()).main_grad.view(-1)[-1] = float("inf")
+        return collected
+
+    return spoilt
 
 
 def _with_a_nan(score):
