@@ -22,6 +22,7 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron_sod.config.compare import changes
 from megatron_sod.convert.hf_files import copy_side_files
 from megatron_sod.errors import CheckpointError
+from megatron_sod.parallel.cpu import device
 from megatron_sod.train import checkpoint_files as files
 from megatron_sod.train.async_save import SaveUnderWay
 from megatron_sod.train.checkpoint_state import (
@@ -232,8 +233,10 @@ def _together(work: Callable[[], Any], done: str, path: Path, *, everywhere: boo
     return result
 
 
-def _layout() -> dict[str, int]:
+def _layout() -> dict[str, int | str]:
+    """Where the generators of a checkpoint have the same meaning."""
     return {
+        "device": device().type,
         "world_size": dist.get_world_size(),
         "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),
         "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size(),

@@ -37,10 +37,43 @@ def sharded_state(trainable: Trainable, *, is_loading: bool) -> dict[str, Any]:
 
 
 def apply_state(trainable: Trainable, loaded: dict[str, Any]) -> None:
-    """Put loaded values into model and optimizer."""
+    """Put loaded values into model and optimizer, whichever kind of Adam saved them.
+
+    Of the parameter groups only the step count is taken over. The settings stay those of the
+    present configuration and kind: Megatron would replace the groups by the saved ones, which have
+    no `bias_correction` for a fused Adam if torch's saved them.
+    """
     trainable.model.load_sharded_state_dict(loaded["model"])
-    trainable.optimizer.load_state_dict(loaded["optimizer"])
+    saved = loaded["optimizer"]
+    parts = _parts(trainable)
+    saved_parts = [saved] if len(parts) == 1 else [saved[number] for number in range(len(parts))]
+    for part, saved_part in zip(parts, saved_parts, strict=True):
+        _place_step_count(part.optimizer, saved_part.get("optimizer", saved_part))
+    groups = trainable.optimizer.param_groups
+    kept = [{k: v for k, v in group.items() if k not in ("params", "step")} for group in groups]
+    trainable.optimizer.load_state_dict(saved)
+    for group, settings in zip(trainable.optimizer.param_groups, kept, strict=True):
+        group.update(settings)
     _separate_step_counts(trainable)
+
+
+def _place_step_count(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """torch's Adam counts steps per parameter in float32; Transformer-Engine's and apex's per group
+    as an integer, which their kernel takes. Megatron's checkpoints keep the former as one count
+    under `state` or, of the distributed optimizer, in the groups."""
+    groups, state = saved["param_groups"], saved.get("state", {})
+    counts = [group["step"] for group in groups if group.get("step") is not None]
+    if "common_step" in state:
+        counts = [state["common_step"]]
+    if not counts:  # saved before the first step
+        return
+    if isinstance(optimizer, torch.optim.Adam):
+        if "state" in saved:
+            state["common_step"] = torch.tensor(float(counts[0]))
+        return
+    state.pop("common_step", None)
+    for group in groups:
+        group["step"] = int(counts[0])
 
 
 def sharded_random_state() -> ShardedObject:
