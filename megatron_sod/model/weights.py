@@ -194,7 +194,8 @@ def gather_hf_tensors(
         mine.setdefault(segment.hf_name, []).append((segment, view))
     owners: list[dict[str, list[Segment]]] = [{}] * dist.get_world_size()
     dist.all_gather_object(owners, {name: [s for s, _ in pairs] for name, pairs in mine.items()})
-    rank, dtype = dist.get_rank(), model.config.params_dtype
+    rank = dist.get_rank()
+    dtype = value_of(next(model.parameters())).dtype  # gradients may be wider than their parameters
     for hf_name, shape in hf_shapes(geometry).items():
         if rank != 0:
             for _, view in mine.get(hf_name, []):
