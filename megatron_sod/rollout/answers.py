@@ -9,7 +9,9 @@ from fractions import Fraction
 _NUMBER = re.compile(r"([+-]?)((?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+))(?:\.([0-9]+))?")
 _GROUPING = re.compile(r"(?<=[0-9])(?:\{,\}|\\[,!; ]|\\!,\\!|,\\!|\\,)(?=[0-9]{3}(?![0-9]))")
 _SPACE_IN_NUMBER = re.compile(r"(?<=[0-9]) +(?=[0-9])")
-_REPEATING = re.compile(r"([0-9]*)\.([0-9]*)\\(?:overline|bar)\{([0-9]+)\}")
+_REPEATING = re.compile(
+    r"(?<![0-9])([0-9]{0,30})\.([0-9]{0,30})\\(?:overline|bar)\{([0-9]{1,30})\}"
+)
 _TEXT = re.compile(r"\\(?:text|textbf|textrm|mathrm|mathbf|mbox)\{([^{}]*)\}")
 _SUBSTANCE = re.compile(r"(?:[A-Z][a-z]?_?\{?[0-9]*\}?){2,}")
 

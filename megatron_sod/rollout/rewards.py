@@ -18,7 +18,7 @@ from megatron_sod.rollout.answers import (
     without_periods,
 )
 from megatron_sod.rollout.code_tests import CodeGrader, is_code_task
-from megatron_sod.rollout.math_check import MathChecker
+from megatron_sod.rollout.math_check import MAX_CHARACTERS, MathChecker
 from megatron_sod.rollout.reference_rewards import grade_reference
 from megatron_sod.rollout.units import measured
 from megatron_sod.types import Prompt
@@ -102,6 +102,8 @@ def same_answer(reference: str, given: str) -> bool:
         return True
     if all(map(_PLAIN.fullmatch, plain)) and plain[0].upper() != plain[1].upper():
         return False  # as math-verify says, thousands of times faster
+    if max(map(len, plain)) > MAX_CHARACTERS:
+        return False
     by_symbols = same_symbols(reference, given)
     if by_symbols is not None:
         return by_symbols

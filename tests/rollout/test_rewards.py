@@ -157,6 +157,19 @@ def test_an_endless_answer_is_not_given_to_the_helper():
     assert checker._helper is None
 
 
+REPEATED = ["1", "1 ", "1,", "1.", "0.\\overline{3}", "\\text{a ", "a ", "\\ ", "A1", "{", "5\\, "]
+
+
+@pytest.mark.parametrize("kind", ["math", "choice"])
+def test_a_student_that_repeats_itself_is_graded_at_once(kind):
+    reference = {"math": "0.\\overline{3}", "choice": "B"}[kind]
+    for piece in REPEATED:
+        for text in (piece * 15000, f"0.\\overline{{{piece * 15000}}}", piece * 15000 + "x"):
+            started = time.monotonic()
+            assert _grade(kind, reference, text) == 0
+            assert time.monotonic() - started < 1.0, (piece, text[:20])
+
+
 @pytest.mark.parametrize(
     ("reference", "boxed", "reward"),
     [
