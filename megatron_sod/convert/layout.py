@@ -234,13 +234,15 @@ def _vocabulary(hf_name: str, geometry: Geometry, tp_rank: int, tp_size: int) ->
 
 def _qkv(prefix: str, kind: str, geometry: Geometry, tp_rank: int, tp_size: int) -> list[Segment]:
     head, per_group = geometry.head_dim, geometry.heads_per_group * geometry.head_dim
-    groups = geometry.num_query_groups // tp_size
-    segments = []
-    for local_group in range(groups):
-        group, row = tp_rank * groups + local_group, local_group * (per_group + 2 * head)
+    rows = geometry.num_query_groups * (per_group + 2 * head) // tp_size
+    segments, first, row = [], tp_rank * rows, 0  # row: of the tensor over all ranks
+    for group in range(geometry.num_query_groups):
         for name, length in (("q", per_group), ("k", head), ("v", head)):
-            hf_name = f"{prefix}self_attn.{name}_proj.{kind}"
-            segments.append(Segment(hf_name, 0, group * length, row, length))
+            begin, end = max(row, first), min(row + length, first + rows)
+            if begin < end:  # with more ranks than groups, ranks share a group
+                hf_name = f"{prefix}self_attn.{name}_proj.{kind}"
+                hf_start = group * length + begin - row
+                segments.append(Segment(hf_name, 0, hf_start, begin - first, end - begin))
             row += length
     return segments
 

@@ -213,7 +213,6 @@ def layout_problems(geometry: Geometry, parallel, role: str = "") -> list[str]:
         stages += " x virtual_pipeline_model_parallel_size"
     divided = [
         ("num_attention_heads", geometry.num_attention_heads, tp, "tensor_model_parallel_size"),
-        ("num_key_value_heads", geometry.num_query_groups, tp, "tensor_model_parallel_size"),
         ("num_hidden_layers", geometry.num_layers, chunks, stages),
     ]
     ep, etp = parallel.expert_model_parallel_size, parallel.expert_tp_size
@@ -231,6 +230,13 @@ def layout_problems(geometry: Geometry, parallel, role: str = "") -> list[str]:
         for name, count, size, key in divided
         if count % size
     ]
+    groups = geometry.num_query_groups
+    rows = (geometry.num_attention_heads + 2 * groups) * geometry.head_dim
+    if (groups % tp and tp % groups) or rows % tp:
+        problems.append(
+            f"{section}tensor_model_parallel_size {tp} can neither divide nor evenly share the "
+            f"model's num_key_value_heads {groups}; choose a divisor"
+        )
     needs_sp = geometry.is_moe and tp > 1 and (role == "student" or (role and ep > 1))
     if needs_sp and not parallel.sequence_parallel:
         problems.append(

@@ -74,8 +74,14 @@ EXPERTS = {
     "tp2 sp ep2 split": Case(4, {**TP2, **SP, **EP2}, None, SMALL),
     "tp2 sp pp2": Case(4, {**TP2, **SP, **PP2}),
 }
+SHARED_KV = {  # two ranks share a KV head
+    "tp4": Case(4, TP4),
+    "tp4 sp split": Case(4, {**TP4, **SP}, None, SMALL),
+    "tp4 jsd, teacher tp2 cp2": Case(4, TP4, {**TP2, **CP2}, loss="jsd"),
+    "tp2 dp2 split, teacher tp4": Case(4, TP2, TP4, SMALL),
+}
 # A router's softmax is float32 whatever the model's precision, so experts cannot reach 1e-10.
-FAMILIES = {"dense": (DENSE, 1e-10), "experts": (EXPERTS, 1e-6)}
+FAMILIES = {"dense": (DENSE, 1e-10), "two KV heads": (SHARED_KV, 1e-10), "experts": (EXPERTS, 1e-6)}
 
 _HEADS = {"num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4}
 _MOE = {
@@ -91,7 +97,7 @@ _MOE = {
 
 def write_models(folder: Path, family: str) -> tuple[str, str]:
     """Directories of a random student and a wider random teacher, in float64."""
-    shape = {**_HEADS, **(_MOE if family == "experts" else {})}
+    shape = _HEADS | {"experts": _MOE, "two KV heads": {"num_key_value_heads": 2}}.get(family, {})
     options: dict[str, Any] = dict(dtype=torch.float64, **shape)
     student = write_model_with_weights(folder / "student", seed=1, **options)
     teacher = write_model_with_weights(folder / "teacher", seed=2, hidden_size=128, **options)

@@ -37,6 +37,7 @@ GEOMETRIES = {
     "gqa_tied": GQA,
     "gqa_untied": replace(GQA, tied_embeddings=False),
     "every_head_its_own_group": replace(GQA, num_query_groups=12, num_layers=1),
+    "groups_shared_by_ranks": replace(GQA, num_query_groups=2, num_layers=1),
     "no_qk_norm": replace(GQA, qk_norm=False, num_layers=1),
     "qkv_bias": replace(GQA, family="qwen2", qk_norm=False, qkv_bias=True, num_layers=2),
     "vocabulary_of_one_row_past_the_padding": replace(GQA, vocab_size=513, tied_embeddings=False),
@@ -215,6 +216,17 @@ def test_a_small_split_written_out():
         Segment(prefix + "q_proj.weight", 0, 4, 0, 4),
         Segment(prefix + "k_proj.weight", 0, 2, 4, 2),
         Segment(prefix + "v_proj.weight", 0, 2, 6, 2),
+    ]  # fmt: skip
+
+
+def test_ranks_that_share_a_group_hold_parts_of_it():
+    tiny = replace(GQA, num_attention_heads=4, num_query_groups=1, head_dim=2, num_layers=1)
+    prefix = "model.layers.0.self_attn."
+    # rows 0..7 queries, 8..9 key, 10..11 value: rank 2 of 4 holds rows 6..8
+    assert segments_of("decoder.layers.0.self_attention.linear_qkv.weight", tiny,
+                       tp_rank=2, tp_size=4) == [
+        Segment(prefix + "q_proj.weight", 0, 6, 0, 2),
+        Segment(prefix + "k_proj.weight", 0, 0, 2, 1),
     ]  # fmt: skip
 
 

@@ -26,6 +26,7 @@ FAMILIES = {
     },
     "qwen2": {
         **_COMMON,
+        "num_key_value_heads": 2,  # four tensor-parallel ranks share them in pairs
         "architectures": ["Qwen2ForCausalLM"],
         "model_type": "qwen2",
         "head_dim": None,

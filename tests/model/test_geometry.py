@@ -166,9 +166,10 @@ def test_directories_that_hold_no_model_are_named(tmp_path):
     [
         (1, 1, []),
         (8, 4, []),
-        (16, 1, ["num_key_value_heads 8"]),
-        (3, 3, ["num_attention_heads 16", "num_key_value_heads 8", "num_hidden_layers 28"]),
-        (5, 1, ["num_attention_heads 16", "num_key_value_heads 8", "intermediate_size 3072"]),
+        (16, 1, []),  # two ranks share a key and value head
+        (32, 1, ["num_attention_heads 16"]),
+        (3, 3, ["num_attention_heads 16", "num_hidden_layers 28", "num_key_value_heads 8"]),
+        (5, 1, ["num_attention_heads 16", "intermediate_size 3072", "num_key_value_heads 8"]),
     ],
 )
 def test_splits_that_do_not_divide_are_listed(tp, pp, named):

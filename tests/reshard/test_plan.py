@@ -121,8 +121,9 @@ def _tiny_moe_layouts():
 def _cases():
     for tied, (sizes, engine) in itertools.product((True, False), _tiny_layouts()):
         yield Geometry(**TINY | {"tied_embeddings": tied}), sizes, engine
-    for groups in (1, 2):  # fewer KV heads than engine ranks: replicated there
-        yield Geometry(**TINY | {"num_query_groups": groups}), dict(tp=groups), EngineLayout(8)
+    for groups, tp in ((1, 1), (2, 2), (1, 2), (2, 4)):
+        # fewer KV heads than engine ranks: replicated there; than trainer ranks: shared
+        yield Geometry(**TINY | {"num_query_groups": groups}), dict(tp=tp), EngineLayout(8)
     yield Geometry(**TINY | {"qkv_bias": True, "qk_norm": False}), dict(tp=4), EngineLayout(2)
     for sizes, engine in _tiny_moe_layouts():
         yield Geometry(**TINY_MOE), sizes, engine
@@ -300,7 +301,7 @@ def test_a_layout_that_does_not_divide_is_refused(sizes, message):
 
 
 def test_a_part_nobody_holds_is_named():
-    geometry = Geometry(**TINY | {"num_query_groups": 6, "num_attention_heads": 12})
-    with pytest.raises(ValueError, match=r"no trainer rank holds.*(q|k)_proj"):
-        # 6 groups over 4 ranks: integer division drops two of them
+    geometry = Geometry(**TINY | {"ffn_hidden_size": 130})
+    with pytest.raises(ValueError, match=r"no trainer rank holds.*(gate|up|down)_proj"):
+        # 130 columns over 4 ranks: integer division drops two of them
         ReshardPlan(geometry, _trainer(geometry, 4), EngineLayout(2), bucket_elements=100)

@@ -13,7 +13,6 @@ from megatron_sod.scoring.certificate import Case, measure
 from megatron_sod.scoring.certificate_cases import (
     CP2,
     DENSE,
-    EXPERTS,
     FAMILIES,
     PP2,
     SMALL,
@@ -53,7 +52,7 @@ def family(request, folder):
 
 def test_every_layout_gives_the_numbers_of_a_single_process(family):
     name, _, tolerance, measured = family
-    for case_name, case in {"dense": DENSE, "experts": EXPERTS}[name].items():
+    for case_name, case in FAMILIES[name][0].items():
         errors = measured[case_name].errors(measured[case.loss])
         assert max(errors.values()) <= tolerance, (case_name, errors)
 
