@@ -93,11 +93,15 @@ _MOE = {
     "moe_intermediate_size": 32,
     "norm_topk_prob": True,
 }
+_OF_FAMILY: dict[str, dict[str, Any]] = {
+    "experts": _MOE,
+    "two KV heads": {"num_key_value_heads": 2},
+}
 
 
 def write_models(folder: Path, family: str) -> tuple[str, str]:
     """Directories of a random student and a wider random teacher, in float64."""
-    shape = _HEADS | {"experts": _MOE, "two KV heads": {"num_key_value_heads": 2}}.get(family, {})
+    shape: dict[str, Any] = {**_HEADS, **_OF_FAMILY.get(family, {})}
     options: dict[str, Any] = dict(dtype=torch.float64, **shape)
     student = write_model_with_weights(folder / "student", seed=1, **options)
     teacher = write_model_with_weights(folder / "teacher", seed=2, hidden_size=128, **options)
