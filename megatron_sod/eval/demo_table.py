@@ -44,6 +44,7 @@ def table_page(table: Table, runs: Path, base: SodConfig) -> str:
         "",
         f"Made by `{table.command}` on {date.today()}, two CPU cores. Success on held-out tasks,",
         f"{sampling}, with 95 % intervals; one seed unless it says so.",
+        *_commits([runs / table.run_name(name) for name in table.runs]),
         "",
         *_inherited(base.distill),
         "",
@@ -53,6 +54,13 @@ def table_page(table: Table, runs: Path, base: SodConfig) -> str:
     for name, (label, _) in table.runs.items():
         lines.append(_line([label, *run_cells(runs / table.run_name(name))]))
     return "\n".join([*lines, "", LEGEND]) + "\n"
+
+
+def _commits(runs: list[Path]) -> list[str]:
+    """What code the runs were made by, as far as they recorded it."""
+    files = [run / "versions.json" for run in runs if (run / "versions.json").is_file()]
+    found = {json.loads(file.read_text()).get("commit") for file in files} - {None}
+    return [f"Made by commit {', '.join(sorted(found))}."] if found else []
 
 
 def _inherited(distill: DistillConfig) -> list[str]:

@@ -112,6 +112,13 @@ def test_every_run_of_the_table_has_a_row(tmp_path):
     assert "not complete: 3 of 12" in grpo
 
 
+def test_the_page_names_the_commits_its_runs_were_made_by(tmp_path):
+    for name, versions in (("sod", {"commit": "b1"}), ("opd", {"commit": "a0"}), ("grpo", {})):
+        _write(run := tmp_path / TABLE.run_name(name), _metrics(3), [])
+        (run / "versions.json").write_text(json.dumps(versions))
+    assert "Made by commit a0, b1." in table_page(TABLE, tmp_path, load_config(BASE))
+
+
 def test_overlap_is_timed_without_warm_up_and_the_last_iteration(tmp_path):
     times = [50.0, 50.0, 1.0, 2.0, 6.0, 90.0]
     metrics = [{"time/rollout_s": t, "time/eval_s": 7.0, "actor/engine_gap": 0.0} for t in times]
