@@ -129,9 +129,9 @@ class RolloutController:
             self._set_stopping(False)
         board.counts += self.fleet.take_counts()
         _tell(what, board)
-        # Counted here and not in the result, which may be an evaluation's, or be discarded.
+        # Not part of the result, which may be an evaluation's, or be discarded.
         self.counts.update(board.counts)
-        return replace(board.result(), counts=Counter(), wall_s=time.monotonic() - started)
+        return replace(board.result(), wall_s=time.monotonic() - started)
 
     def _wait(
         self, running: dict[Any, tuple[int, Any]], board: GroupBoard, deadline: float, what: str

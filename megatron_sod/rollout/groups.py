@@ -50,7 +50,6 @@ class RolloutResult:
 
     trajectories: list[Trajectory]  # of complete groups, in the order they were asked for
     carried: list[GroupRequest]  # to be continued
-    counts: Counter[str]
     wall_s: float = 0.0
     took: list[Took] = field(default_factory=list)
 
@@ -132,7 +131,7 @@ class GroupBoard:
         taken = set(complete[: self._num_needed])
         trajectories = [t for i in sorted(taken) for t in self._results[i].trajectories]
         carried = self._carried(taken)
-        return RolloutResult(trajectories, carried, self.counts, took=self._took)
+        return RolloutResult(trajectories, carried, took=self._took)
 
     def _carried(self, taken: Iterable[int]) -> list[GroupRequest]:
         carried = []

@@ -103,8 +103,7 @@ class LiveRollouts:
         if result is None:
             result = self._roll_out(iteration, num_trained)
         self._ready, self._carried = None, result.carried
-        self.metrics = {f"rollout/{name}": float(n) for name, n in result.counts.items()}
-        self.metrics |= {"rollout/wall_s": result.wall_s, "rollout/carried": len(result.carried)}
+        self.metrics = {"rollout/wall_s": result.wall_s, "rollout/carried": len(result.carried)}
         self.metrics |= waiting_metrics(result.took)
         self.metrics["rollout/discarded"] = float(self._num_discarded)
         self._num_discarded = 0
@@ -195,7 +194,7 @@ class LiveRollouts:
         ]
         if index["is_ready"]:
             trajectories = read_trajectories(folder / _READY)
-            self._ready = RolloutResult(trajectories, self._carried, Counter())
+            self._ready = RolloutResult(trajectories, self._carried)
 
 
 class _Ahead:

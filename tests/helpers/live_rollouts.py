@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import ray
@@ -113,16 +114,22 @@ def load_all_prompts(config: SodConfig, chat) -> list[Prompt]:
     return load_prompts(config.data.train, chat, max_length=64, **keys)
 
 
-def roll_out(controller, prompts, sampling=SAMPLING, **options) -> RolloutResult:
-    """With the incidents since the last one."""
+@dataclass(frozen=True)
+class Observed(RolloutResult):
+    """A rollout with the incidents since the one before."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+
+
+def roll_out(controller, prompts, sampling=SAMPLING, **options) -> Observed:
     groups = [GroupRequest(prompt, "1", GROUP) for prompt in prompts]
     result = controller.run(groups, sampling, what="test rollout", **options)
-    return replace(result, counts=controller.take_counts())
+    return Observed(**vars(result), counts=controller.take_counts())
 
 
 def roll_out_disturbed(
     controller, prompts, service: FlakyService, disturb: Callable[[], None]
-) -> RolloutResult:
+) -> Observed:
     """A rollout with `disturb` called in its middle: when the first trajectory calls its tool and
     others still sample. No tool answers before it, so that the rollout cannot be over."""
     begun, disturbed = threading.Event(), threading.Event()
