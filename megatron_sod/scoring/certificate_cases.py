@@ -74,7 +74,8 @@ EXPERTS = {
     "tp2 sp ep2 split": Case(4, {**TP2, **SP, **EP2}, None, SMALL),
     "tp2 sp pp2": Case(4, {**TP2, **SP, **PP2}),
 }
-SHARED_KV = {  # two ranks share a KV head
+SHARED_KV = {  # with four ranks, two share a KV head
+    "split": Case(1, tokens_per_micro_batch=SMALL),
     "tp4": Case(4, TP4),
     "tp4 sp split": Case(4, {**TP4, **SP}, None, SMALL),
     "tp4 jsd, teacher tp2 cp2": Case(4, TP4, {**TP2, **CP2}, loss="jsd"),

@@ -107,13 +107,34 @@ def test_assertions_must_be_reached(sandbox, code, score):
     assert CodeGrader(sandbox)(_prompt(assert_case=["assert f(3) == 9"]), _turn(code)) == score
 
 
-def test_expected_outputs_are_not_in_the_sandbox(sandbox):
-    spy = (
-        "import os, sys\nprint(sorted(os.listdir('.')), sys.argv, sorted(os.environ))\n"
-        "print(open('/proc/self/cmdline').read())"
-    )
-    seen = sandbox.run(spy, "2\n").stdout
-    assert "10" not in seen and "outputs" not in seen
+SECRET = 918273645
+SPY = """
+import os, sys
+print(sorted(os.listdir(".")), sys.argv, sorted(os.environ.items()), sys.stdin.read())
+print([open(name).read() for name in os.listdir(".") if os.path.isfile(name)])
+"""
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"inputs": ["2\n"], "outputs": [f"{SECRET}\n"]},
+        {"inputs": [[2]], "outputs": [[SECRET]], "fn_name": "f"},
+    ],
+)
+def test_expected_outputs_are_not_in_the_sandbox(sandbox, answer):
+    ran, seen = [], []
+
+    class Watched:
+        def run(self, *given, **options):
+            ran.append(repr((given, options)))
+            seen.append(sandbox.run(*given, **options))
+            return seen[-1]
+
+    program = SPY + "def f(x):\n    return x\n"
+    assert CodeGrader(Watched())(_prompt(**answer), _turn(program)) == 0.0
+    assert "main.py" in seen[0].stdout and "HOME" in seen[0].stdout, "the spy saw nothing"
+    assert str(SECRET) not in ran[0] + seen[0].stdout + seen[0].stderr
 
 
 def test_the_first_tests_only_when_asked(sandbox):
