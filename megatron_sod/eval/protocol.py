@@ -11,13 +11,13 @@ import functools
 import hashlib
 import importlib.metadata
 import json
-import platform
 import sys
 from pathlib import Path
 from typing import Any
 
 from megatron_sod.config.schema import RewardConfig, SandboxConfig, SodConfig
 from megatron_sod.data.sources import tool_schemas
+from megatron_sod.observe.run_dir import package_versions
 from megatron_sod.rollout.rewards import make_grader
 from megatron_sod.sandbox import open_sandbox
 from megatron_sod.types import Prompt
@@ -90,7 +90,7 @@ def protocol(config: SodConfig, prompts: list[Prompt]) -> dict[str, Any]:
         "reward": config.reward.model_dump(),
         "reward_source": _reward_source(config.reward),
         "sources": _digest([_source_text(name) for name in _SOURCES]),
-        "packages": _versions(),
+        "packages": package_versions(_PACKAGES),
     }  # fmt: skip
 
 
@@ -161,13 +161,3 @@ def _reward_source(config: RewardConfig) -> dict[str, str]:
         for name, file in files.items()
         if file is not None  # a built-in belongs to Python's version
     }
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found

@@ -6,6 +6,7 @@ checkpoints/  hf/  rollouts/  report.html  summary.json
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -13,6 +14,7 @@ import platform
 import socket
 import subprocess
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -149,14 +151,16 @@ def read_rows(path: Path) -> list[dict]:
 
 def versions() -> dict[str, str]:
     """Versions of what decides the numbers, and the commit where this runs from a checkout."""
+    commit = _commit()
+    return package_versions(_PACKAGES) | ({} if commit is None else {"commit": commit})
+
+
+def package_versions(names: Iterable[str]) -> dict[str, str]:
+    """Versions of Python and of those of the packages that are installed."""
     found = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
+    for name in names:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    if (commit := _commit()) is not None:
-        found["commit"] = commit
     return found
 
 
