@@ -3,9 +3,15 @@ parameters by torch.cat, and tiny geometries with awkward sizes."""
 
 from __future__ import annotations
 
+import json
+import os
+from pathlib import Path
+
+import pytest
 import torch
 from megatron.core.parallel_state import RankGenerator
 
+from megatron_sod.model.geometry import Geometry, geometry_from_hf
 from megatron_sod.reshard.layouts import TrainerLayout, megatron_layer_names
 
 TINY = {
@@ -134,3 +140,11 @@ def engine_oracle(geometry, weights, tp, rank, expert_parallel) -> dict[str, tor
             [weights[f"{prefix}{e}.down_proj.weight"].chunk(size, 1)[at] for e in mine]
         )
     return found
+
+
+def real_geometry(name: str) -> Geometry:
+    folder = os.environ.get("SOD_SHARED_DATA")
+    if not folder:
+        pytest.skip("SOD_SHARED_DATA is not set: it names the folder with configs_qwen3/")
+    path = Path(folder) / "configs_qwen3" / f"{name}.config.json"
+    return geometry_from_hf(json.loads(path.read_text()))

@@ -6,32 +6,27 @@ Bytes through real processes: tests/reshard/test_transports.py and test_transfer
 """
 
 import itertools
-import json
-import os
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
 from megatron_sod.convert.layout import hf_shapes, segments_of
-from megatron_sod.model.geometry import Geometry, geometry_from_hf
+from megatron_sod.model.geometry import Geometry
 from megatron_sod.reshard.layouts import EngineLayout, TrainerLayout
 from megatron_sod.reshard.plan import ReshardPlan
-from tests.reshard.oracles import TINY, TINY_MOE, engine_oracle, parameters_of
+from tests.reshard.oracles import (
+    TINY,
+    TINY_MOE,
+    engine_oracle,
+    parameters_of,
+    real_geometry,
+)
 
 BUCKET = 128 << 20  # elements
 REAL = ("Qwen3-0.6B", "Qwen3-1.7B", "Qwen3-4B.derived", "Qwen3-8B", "Qwen3-32B")
 REAL_MOE = ("Qwen3-30B-A3B", "Qwen3-235B-A22B")
-
-
-def _real(name: str) -> Geometry:
-    folder = os.environ.get("SOD_SHARED_DATA")
-    if not folder:
-        pytest.skip("SOD_SHARED_DATA is not set: it names the folder with configs_qwen3/")
-    path = Path(folder) / "configs_qwen3" / f"{name}.config.json"
-    return geometry_from_hf(json.loads(path.read_text()))
 
 
 def _trainer(geometry: Geometry, tp=1, pp=1, dp=1, **options) -> TrainerLayout:
@@ -84,7 +79,7 @@ def _num_elements(plan: ReshardPlan) -> int:
 
 @pytest.mark.parametrize("name", REAL)
 def test_real_sizes_move_every_element_once_at_the_floor_over_all_layouts(name):
-    geometry = _real(name)
+    geometry = real_geometry(name)
     for tp, pp, engine_tp in itertools.product((1, 2, 4, 8), (1, 2, 4), (1, 2, 4, 8)):
         engine = EngineLayout(engine_tp)
         plan = ReshardPlan(geometry, _trainer(geometry, tp, pp), engine, bucket_elements=BUCKET)
@@ -96,7 +91,7 @@ def test_real_sizes_move_every_element_once_at_the_floor_over_all_layouts(name):
 @pytest.mark.parametrize("name", REAL_MOE)
 @pytest.mark.parametrize("expert_parallel", [False, True])
 def test_real_mixtures_of_experts_move_every_element_once(name, expert_parallel):
-    geometry = _real(name)
+    geometry = real_geometry(name)
     engine = EngineLayout(8, expert_parallel=expert_parallel)
     trainer = _trainer(geometry, 4, 2, 2, ep_size=4, expert_tp_size=1)
     plan = ReshardPlan(geometry, trainer, engine, bucket_elements=BUCKET)
@@ -277,7 +272,7 @@ def test_segment_counts_stay_small():
 
 def test_the_largest_model_is_planned_in_seconds():
     """235B-A22B, 64 trainer ranks to 4 engines of 8: one rank's plan, and the whole of it."""
-    geometry = _real("Qwen3-235B-A22B")
+    geometry = real_geometry("Qwen3-235B-A22B")
     trainer = _trainer(geometry, 4, 2, 8, ep_size=8, expert_tp_size=1)
     started = time.process_time()
     plan = ReshardPlan(geometry, trainer, EngineLayout(8, num_engines=4), bucket_elements=BUCKET)
